@@ -1,0 +1,1 @@
+"""Gradient leakage: attacks, defenses and theory, batched over victims."""

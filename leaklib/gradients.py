@@ -1,0 +1,187 @@
+"""What a client computes: the gradient, or the model update, of its private batch.
+
+One function serves the client and the attacker's dummy images alike, so both sides agree on the
+loss, its reduction and the protocol by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from leaklib.data import Victims
+from leaklib.payload import (
+    FedAvg,
+    Reduction,
+    SharedGradient,
+    check_finite,
+    check_payload,
+    match_parameters,
+)
+from leaklib.stateless import batchnorm_statistics, without_side_effects
+
+__all__ = [
+    "FedAvg",
+    "SharedGradient",
+    "batchnorm_statistics",
+    "check_payload",
+    "match_parameters",
+    "share_gradient",
+    "update_function",
+]
+
+Loss = Callable[..., Tensor]
+
+# One vmap over victims wins where many small kernels dominate; a large network fills the core by
+# itself and only pays for the copies. Measured on one CPU core: LeNet (85k parameters) 2.4 times
+# faster batched, ResNet-18 (11M) 1.4 times slower.
+VMAP_PARAMETERS = 500_000
+
+
+def update_function(
+    model: nn.Module,
+    *,
+    loss: Loss = F.cross_entropy,
+    reduction: Reduction = "mean",
+    protocol: FedAvg | None = None,
+    layers: Iterable[str] | None = None,
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """The map (images, labels) -> shared tensors of one client, differentiable in both.
+
+    g = ∇θ L(x, y, θ), or (θ₀ − θ_T)/lr after T local steps. Safe under `vmap` and `vjp`.
+
+    Args:
+        model: any module; it is not changed. BatchNorm in train mode uses batch statistics.
+        loss: called as loss(outputs, labels, reduction=...); labels are class indices (batch,) or
+            probabilities (batch, classes).
+        reduction: "mean" or "sum" over the batch.
+        protocol: local steps; None is one gradient.
+        layers: shared layers; None shares every parameter that requires a gradient.
+
+    Returns:
+        A function of images (batch, channels, height, width) and labels.
+
+    Raises:
+        ValueError: no trainable parameter, unknown layer, or dropout in train mode.
+    """
+    frozen = without_side_effects(model)
+    trainable = {n: p.detach() for n, p in frozen.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("expected a parameter with requires_grad=True, got none; unfreeze one")
+    constant = {n: p.detach() for n, p in frozen.named_parameters() if not p.requires_grad}
+    constant |= dict(frozen.named_buffers())
+    shared = match_parameters(trainable, layers) if layers is not None else tuple(trainable)
+    # Without local steps, layers that are not shared need no derivative at all.
+    moving = tuple(trainable) if protocol and protocol.steps > 1 else shared
+    start = {n: trainable[n] for n in moving}
+    still = constant | {n: p for n, p in trainable.items() if n not in start}
+
+    def local_loss(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        outputs = functional_call(frozen, params | still, (images,))
+        return loss(outputs, labels, reduction=reduction)
+
+    def update(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        params, total = start, None
+        for step in range(protocol.steps if protocol else 1):
+            grads = grad(local_loss)(params, images, labels)
+            if total is None:
+                total = {n: grads[n] for n in shared}
+            else:
+                total = {n: total[n] + grads[n] for n in shared}
+            if protocol and step + 1 < protocol.steps:
+                params = {n: p - protocol.lr * grads[n] for n, p in params.items()}
+        assert total is not None
+        return total
+
+    return update
+
+
+def share_gradient(
+    model: nn.Module,
+    victims: Victims,
+    *,
+    loss: Loss = F.cross_entropy,
+    reduction: Reduction = "mean",
+    protocol: FedAvg | None = None,
+    layers: Iterable[str] | None = None,
+    statistics: bool = False,
+    chunk: int | None = None,
+) -> SharedGradient:
+    """Gradients of N victims at once: g_n = ∇θ L(x_n, y_n, θ).
+
+    Cost: one gradient evaluation per victim and local step.
+
+    Args:
+        model: the shared model; its mode (train or eval) is the client's.
+        victims: images (victims, batch, channels, height, width) in [0, 1] and labels.
+        loss: see `update_function`.
+        reduction: "mean" or "sum" of the loss over the batch.
+        protocol: FedAvg local steps; None shares the plain gradient.
+        layers: names or prefixes of the layers to share; None shares all.
+        statistics: also share each BatchNorm layer's input mean and variance, as a client that
+            uploads its BatchNorm buffers does.
+        chunk: victims per vmap; None chooses by network size.
+
+    Returns:
+        SharedGradient with detached tensors (victims, *parameter shape).
+
+    Raises:
+        ValueError: model and images differ in dtype or device, an unknown layer, dropout in train
+            mode, or a gradient that is not finite.
+    """
+    check_inputs(model, victims.images)
+    update = update_function(
+        model, loss=loss, reduction=reduction, protocol=protocol, layers=layers
+    )
+    chunk = chunk or victim_chunk(model, victims.images)
+    parts = []
+    for rows in torch.arange(len(victims)).split(chunk):
+        images, labels = victims.images[rows], victims.labels[rows]
+        if len(rows) == 1:
+            part = {n: g[None] for n, g in update(images[0], labels[0]).items()}
+        else:
+            part = vmap(update)(images, labels)
+        parts.append({n: g.detach() for n, g in part.items()})
+    tensors = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
+    shared = SharedGradient(tensors, victims.images.shape[1], reduction, protocol)
+    check_finite(shared)
+    if statistics:
+        measured = [batchnorm_statistics(model, images) for images in victims.images]
+        if not measured[0]:
+            raise ValueError("expected BatchNorm layers to share statistics of, got none")
+        stacked = {
+            n: (
+                torch.stack([m[n][0].detach() for m in measured]),
+                torch.stack([m[n][1].detach() for m in measured]),
+            )
+            for n in measured[0]
+        }
+        shared = replace(shared, statistics=stacked)
+    return shared
+
+
+def victim_chunk(model: nn.Module, images: Tensor) -> int:
+    """Victims to put into one vmap: all on a GPU or a small network, one on a large CPU one."""
+    size = sum(p.numel() for p in model.parameters())
+    return max(1, len(images)) if images.is_cuda or size <= VMAP_PARAMETERS else 1
+
+
+def check_inputs(model: nn.Module, images: Tensor) -> None:
+    """Refuse images whose dtype or device is not the model's, before any long work.
+
+    Raises:
+        ValueError: with the `.to(...)` call that mends it.
+    """
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError("expected a model with parameters, got none")
+    if first.dtype != images.dtype or first.device != images.device:
+        raise ValueError(
+            f"expected images of the model's dtype and device ({first.dtype}, {first.device}), got "
+            f"({images.dtype}, {images.device}); call model.to(...) or victims.to(...)"
+        )

@@ -1,0 +1,115 @@
+"""How the papers draw a network's weights, and activations by name.
+
+The papers' attacks depend strongly on the initialisation, so the draws follow the papers' order
+exactly: walk the layers from the image to the output, draw the weight, then the bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+# builds one activation module, so that no two places of a network share a module
+Activation: TypeAlias = Callable[[], nn.Module]
+
+# none of them works in place: an in-place change breaks the second differentiation of an attack
+ACTIVATIONS: dict[str, Activation] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+}
+
+INITIALISATIONS = ("default", "uniform", "normal", "kaiming", "xavier")
+
+
+def activation_by_name(name: str) -> Activation:
+    """The class of the activation called `name`, with PyTorch's default parameters.
+
+    Raises:
+        ValueError: the name is unknown; the known ones are listed.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def check_initialisation(init: str) -> None:
+    """Refuse an unknown initialisation.
+
+    Raises:
+        ValueError: the name is unknown; the known ones are listed.
+    """
+    if init not in INITIALISATIONS:
+        raise ValueError(
+            f"unknown initialisation {init!r}: choose one of {', '.join(INITIALISATIONS)}"
+        )
+
+
+@torch.no_grad()
+def initialise_(model: nn.Module, init: str, *, generator: torch.Generator) -> nn.Module:
+    """Redraw every convolution and linear layer in place, in order, weight before bias.
+
+    With `fan_in` and `fan_out` of the weight w:
+
+        default   w, b ~ U(±1/√fan_in), PyTorch's own rule
+        uniform   w, b ~ U(±0.5), DLG and I²F
+        normal    w, b ~ N(0, 0.5²)
+        kaiming   w ~ U(±√(3/fan_in)), that is Kaiming with the sigmoid's gain 1; b ~ U(±0.5)
+        xavier    w ~ U(±√(6/(fan_in + fan_out))); b ~ U(±0.5)
+
+    Normalisation layers keep their parameters: none of the networks that the papers redraw has
+    one. I²F's released code applies its `normal` rule twice to the weight and never to the bias;
+    this is the rule that the paper states.
+
+    Args:
+        model: changed in place; any device and dtype.
+        init: one of the names above.
+        generator: source of the draws, on the device of the model. Building a model with `init`
+            equals `initialise_` with `torch.default_generator` in the state after construction.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown `init`.
+
+    Source: DLG (arXiv 1906.08935) for `uniform`; I²F (arXiv 2309.13016), figure 7, for the rest.
+    """
+    check_initialisation(init)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            _draw_weight(module.weight, init, generator)
+            if module.bias is not None:
+                _draw_bias(module.bias, module.weight, init, generator)
+    return model
+
+
+def _draw_weight(weight: Tensor, init: str, generator: torch.Generator) -> None:
+    if init == "default":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    elif init == "uniform":
+        weight.uniform_(-0.5, 0.5, generator=generator)
+    elif init == "normal":
+        weight.normal_(0.0, 0.5, generator=generator)
+    elif init == "kaiming":
+        nn.init.kaiming_uniform_(weight, nonlinearity="sigmoid", generator=generator)
+    else:
+        nn.init.xavier_uniform_(weight, generator=generator)
+
+
+def _draw_bias(bias: Tensor, weight: Tensor, init: str, generator: torch.Generator) -> None:
+    if init == "normal":
+        bias.normal_(0.0, 0.5, generator=generator)
+        return
+    bound = 1 / math.sqrt(weight[0].numel()) if init == "default" else 0.5
+    bias.uniform_(-bound, bound, generator=generator)

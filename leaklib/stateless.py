@@ -1,0 +1,70 @@
+"""A model as a function: no buffer changes, no random draws, BatchNorm's inputs in view."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def batchnorm_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and biased variance of every BatchNorm layer's input, per channel.
+
+    Args:
+        model: any module; not changed.
+        images: (batch, channels, height, width).
+
+    Returns:
+        Layer name -> (mean, variance), each (channels,), differentiable in the images.
+    """
+    frozen = without_side_effects(model)
+    with _recorded_inputs(frozen) as inputs:
+        frozen(images)
+    result = {}
+    for name, value in inputs.items():
+        dims = [d for d in range(value.ndim) if d != 1]
+        result[name] = (value.mean(dims), value.var(dims, unbiased=False))
+    return result
+
+
+@contextmanager
+def _recorded_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect what enters each BatchNorm layer during the forward passes inside."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_side_effects(model: nn.Module) -> nn.Module:
+    """A copy whose forward pass changes no buffer and draws no random number."""
+    frozen = copy.deepcopy(model)
+    for name, module in frozen.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            # Batch statistics, as in train mode, but no running update: an in-place buffer
+            # update is neither a function nor possible under vmap.
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"expected a deterministic model, got dropout {name!r} in train mode; "
+                "call model.eval(), or set its p to 0"
+            )
+    return frozen
