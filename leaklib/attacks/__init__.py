@@ -1,0 +1,24 @@
+"""Attacks: what a curious server does with a shared gradient. One attack a file."""
+
+from leaklib.attacks.adam import AdamSettings
+from leaklib.attacks.analytic import analytic, invert_linear
+from leaklib.attacks.driver import RunSettings
+from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
+from leaklib.attacks.matching import dlg, idlg, invert_gradients
+from leaklib.attacks.problem import Matching
+from leaklib.attacks.reconstruction import Reconstruction
+
+__all__ = [
+    "AdamSettings",
+    "Matching",
+    "Reconstruction",
+    "RunSettings",
+    "analytic",
+    "dlg",
+    "expected_probabilities",
+    "idlg",
+    "invert_gradients",
+    "invert_linear",
+    "recover_label",
+    "recover_labels",
+]

@@ -1,0 +1,114 @@
+"""Closed-form recovery of the input of a fully connected layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leaklib.attacks.labels import recover_label
+from leaklib.attacks.reconstruction import Reconstruction
+from leaklib.payload import SharedGradient, check_payload
+
+
+def invert_linear(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
+    """Input of a fully connected layer: x = (∂L/∂W)ᵀ g / (gᵀg), g = ∂L/∂b.
+
+    ∂L/∂W = g xᵀ is an outer product, so every row gives x up to a factor; this is the least-squares
+    answer over all rows, which keeps small |g_j| from spoiling it. Source: Phong et al. 2018;
+    least squares over rows after Chen & Campbell 2022.
+
+    Args:
+        weight_grad: (..., outputs, inputs).
+        bias_grad: (..., outputs).
+
+    Returns:
+        Inputs (..., inputs), exact up to rounding for one image; NaN where g = 0.
+
+    >>> g, x = torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.5, 1.0])
+    >>> invert_linear(torch.outer(g, x), g)
+    tensor([0.2500, 0.5000, 1.0000])
+    """
+    weight_grad, bias_grad = weight_grad.double(), bias_grad.double()
+    energy = bias_grad.square().sum(-1, keepdim=True)
+    return torch.einsum("...oi,...o->...i", weight_grad, bias_grad) / energy
+
+
+def analytic(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    layer: str | None = None,
+    labels: Tensor | None = None,
+) -> Reconstruction:
+    """The private image itself, when the first layer is fully connected with a bias.
+
+    Exact for one image a victim, also after FedAvg's local steps, since the input of the layer is
+    the same in every step. Cost: one pass over the layer's gradient.
+
+    Args:
+        model: the shared model; its input normalisation is undone.
+        shared: the released gradients, batch 1.
+        image_shape: (channels, height, width).
+        layer: name of the first layer; None takes the first one as wide as the image.
+        labels: (victims, 1) if known; None recovers them from the last layer.
+
+    Returns:
+        Reconstruction with objective 0 and no evaluations.
+
+    Raises:
+        ValueError: batch > 1, no such layer, its bias is missing or its gradient is zero.
+    """
+    check_payload(model, shared)
+    if shared.batch != 1:
+        raise ValueError(
+            f"expected batch 1, got {shared.batch}: a batch leaks only a mixture of its images; "
+            "use a matching attack"
+        )
+    size = image_shape[0] * image_shape[1] * image_shape[2]
+    layer = layer or _first_layer(model, size)
+    weight, bias = f"{layer}.weight", f"{layer}.bias"
+    if weight not in shared.tensors or bias not in shared.tensors:
+        raise ValueError(
+            f"expected the gradients {weight!r} and {bias!r}, got {', '.join(shared.names)}; "
+            "without them use a matching attack"
+        )
+    if shared.tensors[weight].shape[-1] != size:
+        raise ValueError(
+            f"expected layer {layer!r} to take {size} inputs (the image), it takes "
+            f"{shared.tensors[weight].shape[-1]}; name the first layer"
+        )
+    flat = invert_linear(shared.tensors[weight], shared.tensors[bias])
+    if not torch.isfinite(flat).all():
+        victim = int((~torch.isfinite(flat).all(1)).nonzero()[0])
+        raise ValueError(
+            f"expected a bias gradient that is not zero, got zero for victim {victim}: no neuron "
+            "of the layer was active"
+        )
+    images = _undo_normalisation(model, flat.view(-1, 1, *image_shape)).to(shared.dtype)
+    none = torch.zeros(shared.victims, device=shared.device)
+    found = recover_label(shared) if labels is None else labels
+    return Reconstruction(images, found, none, none.long())
+
+
+def _first_layer(model: nn.Module, size: int) -> str:
+    """Name of the first fully connected layer that takes the whole image."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            break
+        if isinstance(module, nn.Linear) and module.in_features == size:
+            return name
+    raise ValueError(
+        f"expected a model whose first layer is fully connected with {size} inputs, got none; "
+        "use a matching attack, or give layer="
+    )
+
+
+def _undo_normalisation(model: nn.Module, images: Tensor) -> Tensor:
+    """Back to pixels, where the model normalises its input itself."""
+    for module in model.modules():
+        mean, std = getattr(module, "mean", None), getattr(module, "std", None)
+        if isinstance(mean, Tensor) and isinstance(std, Tensor):
+            shape = (-1, 1, 1)
+            return images * std.double().view(shape) + mean.double().view(shape)
+    return images

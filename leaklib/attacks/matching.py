@@ -1,0 +1,276 @@
+"""Attacks by gradient matching: DLG, iDLG and inverting gradients.
+
+All search for a dummy image whose gradient is the shared one. They differ in the distance, the
+optimiser and what they take for known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leaklib.attacks import adam, lbfgs
+from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
+from leaklib.attacks.labels import last_layer, recover_label, recover_labels
+from leaklib.attacks.problem import Matching, Problem, Variables, matching_problem
+from leaklib.attacks.reconstruction import Reconstruction, choose_restart
+from leaklib.checkpoint import digest
+from leaklib.gradients import Loss
+from leaklib.payload import SharedGradient
+
+STARTS = ("normal", "uniform", "grey")
+
+
+def dlg(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+    classes: int | None = None,
+    matching: Matching | None = None,
+    max_evaluations: int = 2_500,
+    history: int = 100,
+    gradient_tolerance: float = 0.0,
+    restarts: int = 1,
+    start: str | Mapping[str, Tensor] = "normal",
+    loss: Loss = F.cross_entropy,
+    run: RunSettings | None = None,
+) -> Reconstruction:
+    """Deep leakage from gradients: min over (x, y) of ‖∇θ L(x, softmax(y)) − ĝ‖² by L-BFGS.
+
+    Cost: max_evaluations per victim and restart, each about 7/3 gradient evaluations.
+    Source: Zhu, Liu & Han 2019, Algorithm 1, with a strong-Wolfe line search instead of fixed
+    steps, which leave one run in five stuck.
+
+    Args:
+        model: the shared model, in the client's mode.
+        shared: the released gradients.
+        image_shape: (channels, height, width) of one private image.
+        generator: draws the starts.
+        labels: (victims, batch) if known; None finds them jointly, as published.
+        classes: number of classes; None reads it off the last layer.
+        matching: distance, masks and priors; None is the plain squared distance.
+        max_evaluations: budget of each victim and restart.
+        history: curvature pairs that L-BFGS remembers; fewer save memory but converge far slower.
+        gradient_tolerance: a victim stops when no entry of the objective's gradient exceeds this.
+        restarts: independent starts per victim; the lowest objective is returned.
+        start: "normal", "uniform", "grey", or variables with a leading (victims * restarts) axis.
+        loss: the client's loss.
+        run: progress, snapshots and checkpoint.
+
+    Returns:
+        Reconstruction; pixels are not boxed.
+
+    Raises:
+        ValueError: payload, labels or settings that do not fit, before any evaluation.
+    """
+    matching = matching or Matching("l2")
+    run = run or RunSettings()
+    problem, x, identity = _prepare(
+        model, shared, image_shape=image_shape, generator=generator, labels=labels,
+        classes=classes, matching=matching, restarts=restarts, start=start, loss=loss,
+    )  # fmt: skip
+    identity |= {"attack": "dlg", "history": history, "gradient_tolerance": gradient_tolerance}
+    state, trace = drive(
+        lbfgs.start(x, history=history),
+        lambda s: lbfgs.tick(s, problem.evaluate, gradient_tolerance=gradient_tolerance),
+        max_evaluations=max_evaluations, settings=_checked(run), identity=identity, label="DLG",
+    )  # fmt: skip
+    return _conclude(problem, state, trace, labels, restarts)
+
+
+def idlg(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    **settings: Any,
+) -> Reconstruction:
+    """Improved DLG: the label is read off the last layer, then only the image is sought.
+
+    Source: Zhao, Mopuri & Bilen 2020. Settings are those of `dlg` but for `labels`.
+
+    Raises:
+        TypeError: `labels` given; that is `dlg`.
+        ValueError: batch > 1, or no last layer was shared.
+    """
+    if "labels" in settings:
+        raise TypeError("idlg recovers the labels itself; to give them, call dlg(labels=...)")
+    return dlg(model, shared, image_shape=image_shape, generator=generator,
+               labels=recover_label(shared), **settings)  # fmt: skip
+
+
+def invert_gradients(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+    matching: Matching | None = None,
+    optimiser: adam.AdamSettings | None = None,
+    max_evaluations: int | None = None,
+    restarts: int = 1,
+    start: str | Mapping[str, Tensor] = "normal",
+    loss: Loss = F.cross_entropy,
+    run: RunSettings | None = None,
+) -> Reconstruction:
+    """Inverting gradients: min 1 − cos(∇θ L(x, y), ĝ) + λ TV(x) by signed Adam inside the box.
+
+    Cost: one evaluation a step, each about 7/3 gradient evaluations.
+    Source: Geiping et al. 2020, Eq. 4 and Section 5.
+
+    Args:
+        model: the shared model, in the client's mode.
+        shared: the released gradients.
+        image_shape: (channels, height, width) of one private image.
+        generator: draws the starts.
+        labels: (victims, batch); None recovers them from the last layer first.
+        matching: distance, masks and priors; None is cosine with TV weight 1e-4.
+        optimiser: learning rate, signs, decay, box and stopping; None is the default of
+            `AdamSettings`.
+        max_evaluations: budget of each victim and restart; None is the planned number of steps.
+        restarts: independent starts per victim; the lowest objective is returned.
+        start: "normal", "uniform", "grey", or {"images": ...} with a leading
+            (victims * restarts) axis.
+        loss: the client's loss.
+        run: progress, snapshots and checkpoint.
+
+    Returns:
+        Reconstruction, the best iterate that was evaluated.
+
+    Raises:
+        ValueError: payload, labels or settings that do not fit, before any evaluation.
+    """
+    matching = matching or Matching("cosine", tv_weight=1e-4)
+    optimiser = optimiser or adam.AdamSettings()
+    run = run or RunSettings()
+    labels = recover_labels(shared) if labels is None else labels
+    problem, x, identity = _prepare(
+        model, shared, image_shape=image_shape, generator=generator, labels=labels, classes=None,
+        matching=matching, restarts=restarts, start=start, loss=loss,
+    )  # fmt: skip
+    identity |= {"attack": "invert_gradients"} | {k: str(v) for k, v in asdict(optimiser).items()}
+    state, trace = drive(
+        adam.start(x, optimiser),
+        lambda s: adam.tick(s, problem.evaluate, optimiser),
+        max_evaluations=optimiser.steps if max_evaluations is None else max_evaluations,
+        settings=_checked(run), identity=identity, label="inverting gradients",
+    )  # fmt: skip
+    return _conclude(problem, state, trace, labels, restarts)
+
+
+def _prepare(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    labels: Tensor | None,
+    classes: int | None,
+    matching: Matching,
+    restarts: int,
+    start: str | Mapping[str, Tensor],
+    loss: Loss,
+) -> tuple[Problem, Tensor, dict[str, Any]]:
+    """Check everything, build the problem and its starting point."""
+    if restarts < 1:
+        raise ValueError(f"expected restarts >= 1, got {restarts}")
+    if labels is not None and labels.shape[:2] != (shared.victims, shared.batch):
+        raise ValueError(
+            f"expected labels (victims, batch) = ({shared.victims}, {shared.batch}), got "
+            f"{tuple(labels.shape)}"
+        )
+    if labels is None and classes is None:
+        classes = shared.tensors[last_layer(shared)[0]].shape[1]
+    problem = matching_problem(
+        model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
+        matching=matching, restarts=restarts, loss=loss,
+    )  # fmt: skip
+    x = problem.pack(_start(problem.shapes, shared, restarts, start, generator))
+    _try_once(problem, x)
+    return problem, x, {
+        "matching": str(matching), "restarts": restarts, "image_shape": str(image_shape),
+        "payload": digest(shared.tensors), "start": digest({"start": x}),
+    }  # fmt: skip
+
+
+def _start(
+    shapes: Mapping[str, tuple[int, ...]],
+    shared: SharedGradient,
+    restarts: int,
+    start: str | Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> Variables:
+    """Starting variables (victims * restarts, ...), drawn row by row."""
+    rows = shared.victims * restarts
+    if not isinstance(start, str):
+        for name, shape in shapes.items():
+            got = tuple(start[name].shape) if name in start else None
+            if got != (rows, *shape):
+                raise ValueError(f"expected start[{name!r}] of shape {(rows, *shape)}, got {got}")
+        return {n: start[n].to(shared.device, shared.dtype) for n in shapes}
+    if start not in STARTS:
+        raise ValueError(f"expected start among {', '.join(STARTS)}, got {start!r}")
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == "label_logits" or start == "normal":
+            return torch.randn(shape, generator=generator, device=generator.device)
+        if start == "uniform":
+            return torch.rand(shape, generator=generator, device=generator.device)
+        return torch.full(shape, 0.5)
+
+    drawn = [{name: draw(name, shape) for name, shape in shapes.items()} for _ in range(rows)]
+    return {
+        n: torch.stack([row[n] for row in drawn]).to(shared.device, shared.dtype) for n in shapes
+    }
+
+
+def _try_once(problem: Problem, x: Tensor) -> None:
+    """Evaluate one row, so that a wrong image shape fails with a reason, not mid-run."""
+    row = torch.zeros(1, dtype=torch.int64, device=x.device)
+    try:
+        problem.evaluate(x[:1], row)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            "expected an image_shape and labels that the model accepts; the model answered: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _checked(run: RunSettings) -> RunSettings:
+    return replace(run, snapshots=snapshot_counts(run.snapshots))
+
+
+def _conclude(
+    problem: Problem,
+    state: lbfgs.LBFGSState | adam.AdamState,
+    trace: Trace,
+    labels: Tensor | None,
+    restarts: int,
+) -> Reconstruction:
+    """Choose among restarts by the attack's objective and unpack the winners."""
+    chosen = choose_restart(state.best_value, restarts)
+    found = problem.unpack(state.best_x[chosen])
+    unpack: Callable[[Tensor], Tensor] = lambda x: problem.unpack(x)["images"]  # noqa: E731
+    rows = chosen.cpu()
+    return Reconstruction(
+        images=found["images"],
+        labels=labels if labels is not None else found["label_logits"].argmax(-1),
+        objective=state.best_value[chosen],
+        evaluations=state.evaluations.view(-1, restarts).sum(1),
+        frames=torch.stack([unpack(f[chosen]) for f in trace.frames])
+        if len(trace.frames)
+        else None,
+        history=trace.values[:, rows],
+        history_evaluations=trace.evaluations[:, rows],
+        restart=chosen % restarts,
+    )

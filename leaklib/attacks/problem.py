@@ -1,0 +1,224 @@
+"""Gradient matching as many independent minimisations over dummy images and labels.
+
+Row v·R + r of the problem is restart r of victim v. Its objective is
+
+    D(∇θ L(x, y), ĝ) + λ_tv TV(x) + λ_bn R_bn(x)
+
+and one evaluation costs one gradient and one product with its Jacobian (about 7/3 gradient
+evaluations), for all rows of a chunk in one `vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+
+from leaklib.attacks.distances import DISTANCES
+from leaklib.attacks.priors import statistics_distance, total_variation
+from leaklib.gradients import Loss, batchnorm_statistics, update_function, victim_chunk
+from leaklib.payload import SharedGradient, Statistics, check_payload, match_parameters
+
+Variables = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What the attacker compares, and what it believes of pictures.
+
+    Args:
+        distance: "l2", "cosine" or "layer_cosine".
+        layers: layers to compare; None compares all that were shared. Dropping a layer from
+            gradient and target alike is a layer mask.
+        layer_weights: layer -> weight in the distance; layers not named weigh 1.
+        tv_weight: λ_tv, weight of the total variation.
+        bn_weight: λ_bn, weight of the BatchNorm-statistics prior.
+    """
+
+    distance: str = "l2"
+    layers: tuple[str, ...] | None = None
+    layer_weights: Mapping[str, float] | None = None
+    tv_weight: float = 0.0
+    bn_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.distance not in DISTANCES:
+            raise ValueError(
+                f"expected a distance among {', '.join(DISTANCES)}, got {self.distance!r}"
+            )
+        if min(self.tv_weight, self.bn_weight) < 0:
+            raise ValueError(
+                f"expected tv_weight >= 0 and bn_weight >= 0, got {self.tv_weight}, "
+                f"{self.bn_weight}"
+            )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows of independent minimisations over flat vectors.
+
+    Args:
+        shapes: variable -> shape of one row: "images" and, for an unknown label, "label_logits".
+        evaluate: (x (k, size), rows (k,)) -> objective (k,), gradient (k, size).
+        pack: variables with a leading row axis -> (rows, size).
+        unpack: the inverse, for any number of rows.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    pack: Callable[[Variables], Tensor]
+    unpack: Callable[[Tensor], Variables]
+
+
+def matching_problem(
+    model: nn.Module,
+    shared: SharedGradient,
+    *,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None,
+    classes: int,
+    matching: Matching,
+    restarts: int,
+    loss: Loss,
+    chunk: int | None = None,
+) -> Problem:
+    """Build the objective that a matching attack minimises.
+
+    Args:
+        model: the shared model.
+        shared: what the clients released.
+        image_shape: (channels, height, width).
+        labels: (victims, batch) if known; None makes label logits a variable, whose softmax is
+            the soft label (DLG).
+        classes: number of classes.
+        matching: distance, masks and priors.
+        restarts: rows per victim.
+        loss: the client's loss.
+        chunk: rows per vmap; None chooses by network size.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: the payload does not fit the model, or an unknown layer.
+    """
+    check_payload(model, shared)
+    names = match_parameters(shared.names, matching.layers or shared.names)
+    weights = _weights(names, matching.layer_weights or {})
+    update = update_function(
+        model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names
+    )
+    known = _known_statistics(model, shared) if matching.bn_weight else None
+    distance = DISTANCES[matching.distance]
+    pixels = (shared.batch, *image_shape)
+    shapes: dict[str, tuple[int, ...]] = {"images": pixels}
+    if labels is None:
+        shapes["label_logits"] = (shared.batch, classes)
+    sizes = {name: _numel(shape) for name, shape in shapes.items()}
+
+    def pack(variables: Variables) -> Tensor:
+        return torch.cat([variables[name].flatten(1) for name in shapes], dim=1)
+
+    def unpack(x: Tensor) -> Variables:
+        parts = x.split(list(sizes.values()), dim=1)
+        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+
+    def one(
+        variables: Variables, label: Tensor, target: dict[str, Tensor], stats: Statistics
+    ) -> tuple[Tensor, Variables]:
+        def shared_by(dummy: Variables) -> dict[str, Tensor]:
+            soft = dummy["label_logits"].softmax(-1) if "label_logits" in dummy else label
+            return update(dummy["images"], soft)
+
+        grads, pull = vjp(shared_by, variables)  # type: ignore[misc]
+        value, cotangent = distance(grads, target, weights)
+        (slope,) = pull(cotangent)
+        if matching.tv_weight or matching.bn_weight:
+
+            def prior(images: Tensor) -> Tensor:
+                total = matching.tv_weight * total_variation(images)
+                if matching.bn_weight:
+                    measured = batchnorm_statistics(model, images)
+                    total = total + matching.bn_weight * statistics_distance(measured, stats)
+                return total
+
+            extra, pull_prior = vjp(prior, variables["images"])  # type: ignore[misc]
+            slope = slope | {"images": slope["images"] + pull_prior(torch.ones_like(extra))[0]}
+            value = value + extra
+        return value, slope
+
+    batched = vmap(one)
+    per_vmap = chunk or victim_chunk(model, shared.tensors[names[0]])
+    blank = torch.zeros(shared.victims, shared.batch, dtype=torch.int64, device=shared.device)
+    label_rows = labels if labels is not None else blank
+    # Selecting the targets of the active rows copies them; most ticks ask for the same rows.
+    cache: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
+
+    def targets(victims: Tensor) -> dict[str, Tensor]:
+        if "last" not in cache or not torch.equal(cache["last"][0], victims):
+            everyone = torch.equal(victims, torch.arange(shared.victims, device=victims.device))
+            chosen = {
+                n: shared.tensors[n] if everyone else shared.tensors[n][victims] for n in names
+            }
+            cache["last"] = (victims.clone(), chosen)
+        return cache["last"][1]
+
+    def evaluate(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = [], []
+        for block in torch.arange(len(rows), device=rows.device).split(per_vmap):
+            victims = rows[block] // restarts
+            variables = unpack(x[block])
+            stats = {n: (m[victims], v[victims]) for n, (m, v) in (known or {}).items()}
+            if len(block) == 1:
+                target = {n: shared.tensors[n][victims[0]] for n in names}
+                single = {n: (m[0], v[0]) for n, (m, v) in stats.items()}
+                first = {n: v[0] for n, v in variables.items()}
+                value, slope = one(first, label_rows[victims[0]], target, single)
+                value, slope = value[None], {n: s[None] for n, s in slope.items()}
+            else:
+                value, slope = batched(variables, label_rows[victims], targets(victims), stats)
+            values.append(value.detach())
+            slopes.append(pack({n: s.detach() for n, s in slope.items()}))
+        return torch.cat(values), torch.cat(slopes)
+
+    return Problem(shapes, evaluate, pack, unpack)
+
+
+def _weights(names: Iterable[str], layer_weights: Mapping[str, float]) -> dict[str, float]:
+    """Weight of each compared tensor; a layer named twice takes the last word."""
+    weights = dict.fromkeys(names, 1.0)
+    for layer, weight in layer_weights.items():
+        if not weight >= 0:
+            raise ValueError(f"expected a weight >= 0 for layer {layer!r}, got {weight}")
+        for name in match_parameters(weights, [layer]):
+            weights[name] = float(weight)
+    return weights
+
+
+def _known_statistics(model: nn.Module, shared: SharedGradient) -> Statistics:
+    """The client's BatchNorm statistics if it shared them, else the model's running ones."""
+    if shared.statistics is not None:
+        return shared.statistics
+    known = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            known[name] = (
+                module.running_mean.expand(shared.victims, -1),
+                module.running_var.expand(shared.victims, -1),
+            )
+    if not known:
+        raise ValueError(
+            "expected a model with BatchNorm layers for bn_weight > 0, got none; set bn_weight=0"
+        )
+    return known
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
