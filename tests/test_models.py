@@ -1,0 +1,158 @@
+"""The registry: sizes of the papers' networks, normalisation, bad input."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import leaklib.models
+from leaklib.models import NORMALISATIONS, available_models, build, parameter_count, register
+
+
+def test_doctests():
+    assert doctest.testmod(leaklib.models).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "count"),
+    [
+        ("lenet", {"classes": 100}, 85_036),
+        ("lenet", {}, 15_826),
+        ("lenet4", {"input_shape": (1, 28, 28)}, 17_038),
+        ("lenet4", {}, 19_438),
+        ("linear", {"input_shape": (1, 28, 28)}, 7_850),
+        ("mlp", {}, 4_206_602),
+        # the other perceptron of the PPP dossier: 3072-512-512-10 without biases
+        ("mlp", {"hidden": (512, 512), "bias": False}, 3072 * 512 + 512 * 512 + 512 * 10),
+        ("convnet", {}, 2_904_970),
+        # a bias and no normalisation: 2 numbers per channel fewer
+        ("convnet", {"norm": "none"}, 2_904_970 - 2 * 64 * (1 + 2 + 2 + 5 * 4)),
+        ("resnet18", {}, 11_173_962),
+        ("resnet18", {"norm": "group"}, 11_173_962),
+        ("resnet18", {"input_shape": (1, 28, 28)}, 11_172_810),
+    ],
+)
+def test_parameter_counts_of_the_papers(name, settings, count):
+    assert parameter_count(build(name, **settings)) == count
+
+
+def layer_shapes(model, shape):
+    shapes, hooks = {}, []
+    for name, layer in model.named_children():
+        keep = lambda _m, _i, out, name=name: shapes.update({name: tuple(out.shape[1:])})  # noqa: E731
+        hooks.append(layer.register_forward_hook(keep))
+    with torch.no_grad():
+        model(torch.zeros(1, *shape))
+    return shapes
+
+
+def test_layer_shapes():
+    lenet = layer_shapes(build("lenet", classes=100), (3, 32, 32))
+    assert [lenet[f"conv{i}"] for i in (1, 2, 3)] == [(12, 16, 16), (12, 8, 8), (12, 8, 8)]
+    assert (lenet["flatten"], lenet["fc"]) == ((768,), (100,))
+    lenet4 = layer_shapes(build("lenet4", input_shape=(1, 28, 28)), (1, 28, 28))
+    assert [lenet4[f"conv{i}"][1] for i in (1, 2, 3, 4)] == [14, 7, 7, 7]
+    assert lenet4["flatten"] == (588,)
+    convnet = layer_shapes(build("convnet", width=4), (3, 32, 32))
+    assert [convnet[f"conv{i}"][0] for i in range(1, 9)] == [4, 8, 8, 16, 16, 16, 16, 16]
+    assert (convnet["pool1"], convnet["pool2"]) == ((16, 10, 10), (16, 3, 3))
+    resnet = layer_shapes(build("resnet18"), (3, 32, 32))
+    assert resnet["bn1"] == (64, 32, 32)
+    assert [resnet[f"layer{i}"] for i in (1, 2, 3, 4)] == [
+        (64, 32, 32),
+        (128, 16, 16),
+        (256, 8, 8),
+        (512, 4, 4),
+    ]
+    assert resnet["flatten"] == (512,)
+
+
+def test_the_smallest_images():
+    for name in available_models():
+        smallest = 9 if name == "convnet" else 1
+        model = build(name, input_shape=(3, smallest, smallest))
+        assert model(torch.rand(2, 3, smallest, smallest)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"convnet.*8x32.*9x9.*\(3, 9, 9\)"):
+        build("convnet", input_shape=(3, 8, 32))
+    # the bound is tight: the convolutions cannot take 8 pixels
+    with pytest.raises(RuntimeError, match="too small"):
+        build("convnet", width=2, input_shape=(3, 9, 9))(torch.rand(1, 3, 8, 9))
+
+
+def test_models_come_in_eval_mode():
+    assert not any(m.training for m in build("resnet18", normalisation="cifar10").modules())
+
+
+@pytest.mark.parametrize("normalisation", ["cifar10", "cifar10-precode", ((0.5,), (0.25,))])
+def test_normalisation_works_on_pixels(normalisation):
+    plain = build("lenet", seed=2)
+    normalised = build("lenet", seed=2, normalisation=normalisation)
+    assert dict(plain.named_parameters()).keys() == dict(normalised.named_parameters()).keys()
+    constants = normalisation if isinstance(normalisation, tuple) else NORMALISATIONS[normalisation]
+    mean, std = (torch.tensor(c).expand(3)[None, :, None, None] for c in constants)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(normalised(pixels), plain((pixels - mean) / std))
+
+
+def test_constants_of_the_papers():
+    assert build("lenet", input_shape=(1, 28, 28), normalisation="mnist").normalise.std.item() == (
+        pytest.approx(0.30810782313346863, abs=1e-7)
+    )
+    means = {name: constants[0][0] for name, constants in NORMALISATIONS.items()}
+    assert means["mnist"] == 0.13066373765468597
+    assert means["cifar10"] == 0.49140
+    assert means["cifar10-precode"] == 0.4914672374725342
+
+
+def test_listing():
+    models = available_models()
+    assert list(models) == ["lenet", "lenet4", "linear", "mlp", "convnet", "resnet18"]
+    assert models["lenet"].startswith("DLG's LeNet: three 5x5 convolutions")
+    assert all("\n" not in line and len(line) < 100 for line in models.values())
+
+
+def test_registering_a_network(monkeypatch):
+    monkeypatch.setattr(leaklib.models, "_REGISTRY", dict(leaklib.models._REGISTRY))
+
+    @register("two", activation="tanh", smallest=2)
+    def two(input_shape, classes, activation, *, units=3):
+        """Two layers."""
+        first = nn.Linear(math.prod(input_shape), units)
+        return nn.Sequential(nn.Flatten(), first, activation(), nn.Linear(units, classes))
+
+    assert available_models()["two"] == "Two layers."
+    model = build("two", input_shape=(1, 2, 2), units=5, normalisation=((0.5,), (0.5,)))
+    assert [n for n, _ in model.named_children()] == ["normalise", "0", "1", "2", "3"]
+    assert parameter_count(model) == 4 * 5 + 5 + 5 * 10 + 10
+    with pytest.raises(ValueError, match="'two' is already registered"):
+        register("two", activation=None)
+    register("bare", activation=None)(lambda shape, classes: nn.Linear(3, classes))
+    with pytest.raises(TypeError, match=r"expected nn\.Sequential, got Linear"):
+        build("bare")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "vgg"}, "unknown model 'vgg': choose one of lenet, lenet4"),
+        ({"activation": "swish"}, "unknown activation 'swish'.*sigmoid, tanh"),
+        ({"init": "zero"}, "unknown initialisation 'zero'.*kaiming, xavier"),
+        ({"normalisation": "imagenet"}, "unknown normalisation 'imagenet'.*mnist"),
+        ({"normalisation": "mnist", "width": 3}, "'lenet' has no option width; its options: none"),
+        ({"name": "mlp", "depth": 3, "wide": 1}, "no option depth, wide.*hidden, bias"),
+        ({"name": "linear", "activation": "relu"}, "'linear' has no activation"),
+        ({"name": "convnet", "norm": "layer"}, "unknown norm 'layer'.*batch, group, none"),
+        ({"name": "resnet18", "norm": "none"}, "unknown norm 'none'.*batch, group"),
+        ({"input_shape": (32, 32)}, r"expected \(channels, height, width\).*got \(32, 32\)"),
+        ({"input_shape": (3, 0, 32)}, "all at least 1"),
+        ({"classes": 0}, "classes: expected at least 1, got 0"),
+        ({"input_shape": (1, 28, 28), "normalisation": "cifar10"}, "1 or 1 values"),
+        ({"normalisation": ((0.5,), (0.0,))}, "std > 0"),
+        ({"normalisation": ((0.5, 0.5, 0.5), (1.0,))}, "1 or 3 values each"),
+    ],
+)
+def test_bad_input_says_what_to_do(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{"name": "lenet", **settings})
