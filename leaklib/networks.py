@@ -21,14 +21,18 @@ from leaklib.initialisation import Activation
 Shape = tuple[int, int, int]
 
 
-def lenet(input_shape: Shape, classes: int, activation: Activation) -> nn.Sequential:
+def lenet(
+    input_shape: Shape, classes: int, activation: Activation, *, norm: str = "none"
+) -> nn.Sequential:
     """DLG's LeNet: three 5x5 convolutions with 12 channels and strides 2, 2, 1, then linear.
 
-    85,036 parameters on 3x32x32 with 100 classes, 15,826 with 10.
+    85,036 parameters on 3x32x32 with 100 classes, 15,826 with 10. `norm` ("none", "batch" or
+    "group") puts a normalisation behind every convolution, to study what it changes; the published
+    network has none.
 
     Source: Zhu, Liu, Han, Deep Leakage from Gradients (arXiv 1906.08935).
     """
-    return _lenet(input_shape, classes, activation, strides=(2, 2, 1))
+    return _lenet(input_shape, classes, activation, strides=(2, 2, 1), norm=norm)
 
 
 def lenet4(input_shape: Shape, classes: int, activation: Activation) -> nn.Sequential:
@@ -42,12 +46,20 @@ def lenet4(input_shape: Shape, classes: int, activation: Activation) -> nn.Seque
 
 
 def _lenet(
-    input_shape: Shape, classes: int, activation: Activation, *, strides: Sequence[int]
+    input_shape: Shape,
+    classes: int,
+    activation: Activation,
+    *,
+    strides: Sequence[int],
+    norm: str = "none",
 ) -> nn.Sequential:
     channels, height, width = input_shape
+    layer = _normalisation_layer(norm, 2, known=("none", "batch", "group"))
     chain: OrderedDict[str, nn.Module] = OrderedDict()
     for number, stride in enumerate(strides, start=1):
         chain[f"conv{number}"] = nn.Conv2d(channels, 12, 5, stride=stride, padding=2)
+        if layer is not None:
+            chain[f"norm{number}"] = layer(12)
         chain[f"act{number}"] = activation()
         # padding keeps the size, so only the stride shrinks it
         channels, height, width = 12, -(-height // stride), -(-width // stride)

@@ -20,14 +20,25 @@ def batchnorm_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Te
     Returns:
         Layer name -> (mean, variance), each (channels,), differentiable in the images.
     """
+    return statistics_function(model)(images)
+
+
+def statistics_function(
+    model: nn.Module,
+) -> Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """`batchnorm_statistics` as a function of the images alone, safe under `vmap` and `vjp`."""
     frozen = without_side_effects(model)
-    with _recorded_inputs(frozen) as inputs:
-        frozen(images)
-    result = {}
-    for name, value in inputs.items():
-        dims = [d for d in range(value.ndim) if d != 1]
-        result[name] = (value.mean(dims), value.var(dims, unbiased=False))
-    return result
+
+    def measure(images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        with _recorded_inputs(frozen) as inputs:
+            frozen(images)
+        result = {}
+        for name, value in inputs.items():
+            dims = [d for d in range(value.ndim) if d != 1]
+            result[name] = (value.mean(dims), value.var(dims, unbiased=False))
+        return result
+
+    return measure
 
 
 @contextmanager
@@ -53,15 +64,33 @@ def _recorded_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+class _BatchStatisticsNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm in train mode written out, without the running update.
+
+    An in-place buffer update is no function, and torch's fused kernel cannot be differentiated
+    twice under vmap in float32.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
+        """Any number of dimensions: the layer this stands for has checked its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """(x − mean) / √(var + eps) · γ + β per channel, statistics of this batch."""
+        dims = [d for d in range(input.ndim) if d != 1]
+        centred = input - input.mean(dims, keepdim=True)
+        scaled = centred / (centred.square().mean(dims, keepdim=True) + self.eps).sqrt()
+        if self.weight is None:
+            return scaled
+        shape = (1, -1) + (1,) * (input.ndim - 2)
+        return scaled * self.weight.view(shape) + self.bias.view(shape)
+
+
 def without_side_effects(model: nn.Module) -> nn.Module:
     """A copy whose forward pass changes no buffer and draws no random number."""
     frozen = copy.deepcopy(model)
     for name, module in frozen.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            # Batch statistics, as in train mode, but no running update: an in-place buffer
-            # update is neither a function nor possible under vmap.
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.__class__ = _BatchStatisticsNorm
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"expected a deterministic model, got dropout {name!r} in train mode; "

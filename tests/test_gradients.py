@@ -63,6 +63,15 @@ def test_batchnorm_in_train_mode_uses_batch_statistics_and_changes_nothing():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_batchnorm_in_train_mode_works_in_float32_too():
+    """Torch's fused kernel fails there under vmap when differentiated twice."""
+    model, victims = residual_network().train().float(), random_victims(batch=4)
+    single = share_gradient(model, victims.to(dtype=torch.float32))
+    double = share_gradient(model.double(), victims)
+    for name, tensor in double.items():
+        torch.testing.assert_close(single.tensors[name].double(), tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_soft_labels_are_the_average_of_hard_ones():
     model, victims = small_mlp(), random_victims(victims=1)
     update = update_function(model)

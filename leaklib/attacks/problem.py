@@ -19,8 +19,9 @@ from torch.func import vjp, vmap
 
 from leaklib.attacks.distances import DISTANCES
 from leaklib.attacks.priors import statistics_distance, total_variation
-from leaklib.gradients import Loss, batchnorm_statistics, update_function, victim_chunk
+from leaklib.gradients import Loss, update_function, victim_chunk
 from leaklib.payload import SharedGradient, Statistics, check_payload, match_parameters
+from leaklib.stateless import statistics_function
 
 Variables = dict[str, Tensor]
 
@@ -112,6 +113,7 @@ def matching_problem(
         model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names
     )
     known = _known_statistics(model, shared) if matching.bn_weight else None
+    measure = statistics_function(model)
     distance = DISTANCES[matching.distance]
     pixels = (shared.batch, *image_shape)
     shapes: dict[str, tuple[int, ...]] = {"images": pixels}
@@ -141,7 +143,7 @@ def matching_problem(
             def prior(images: Tensor) -> Tensor:
                 total = matching.tv_weight * total_variation(images)
                 if matching.bn_weight:
-                    measured = batchnorm_statistics(model, images)
+                    measured = measure(images)
                     total = total + matching.bn_weight * statistics_distance(measured, stats)
                 return total
 

@@ -1,0 +1,37 @@
+"""The study's pictures: data in, `matplotlib.figure.Figure` out.
+
+Nothing is computed here and no file is written. `look` holds the one look (sizes, type, colours by
+role, PNG), `pictures` the strips and grids of images, `intervals` rates and means by category,
+`curves` what runs along a number, `scatter` two quantities that should agree.
+"""
+
+from leaklib.figures.curves import convergence, rate_lines
+from leaklib.figures.intervals import dot_intervals, rate_bars
+from leaklib.figures.look import (
+    Look,
+    colour,
+    looks,
+    make_axes,
+    panel_label,
+    to_png,
+    use_style,
+)
+from leaklib.figures.pictures import frames_strip, reconstruction_grid
+from leaklib.figures.scatter import identity_scatter
+
+__all__ = [
+    "Look",
+    "colour",
+    "convergence",
+    "dot_intervals",
+    "frames_strip",
+    "identity_scatter",
+    "looks",
+    "make_axes",
+    "panel_label",
+    "rate_bars",
+    "rate_lines",
+    "reconstruction_grid",
+    "to_png",
+    "use_style",
+]
