@@ -11,14 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from leaklib.execute import (
+from leaklib.runner.execute import (
     NotebookError,
     find_notebook,
     list_notebooks,
     project_root,
     run_notebook,
 )
-from leaklib.notebook import ParameterError, read_notebook
+from leaklib.runner.notebook import ParameterError, read_notebook
 
 EXAMPLES = """examples:
   leaklib list
@@ -170,7 +170,10 @@ def _list(arguments: argparse.Namespace, given: dict[str, str]) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, given: dict[str, str]) -> int:
-    from leaklib.notebook_sweep import split_values, sweep_notebook  # pandas: not for the others
+    from leaklib.runner.notebook_sweep import (  # pandas: not for the others
+        split_values,
+        sweep_notebook,
+    )
 
     info = read_notebook(find_notebook(arguments.notebook))
     given = _from_here(given, info.path)

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from leaklib import sources
-from leaklib.data import data_root, load_images
-from leaklib.selection import choose_positions
+from leaklib.data import data_root, load_images, sources
+from leaklib.data.selection import choose_positions
 
 
 def save_png(path, pixels):

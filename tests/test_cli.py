@@ -12,8 +12,8 @@ import pytest
 
 from leaklib import cli
 from leaklib.cli import main
-from leaklib.notebook import ParameterError, read_notebook
-from leaklib.notebook_sweep import split_values, sweep_notebook
+from leaklib.runner.notebook import ParameterError, read_notebook
+from leaklib.runner.notebook_sweep import split_values, sweep_notebook
 from leaklib.sweep import sweep_manifest
 
 SOURCES = Path(__file__).parent / "notebooks"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from leaklib.notebook_sweep import sweep_notebook
+from leaklib.runner.notebook_sweep import sweep_notebook
 from leaklib.sweep import grid, sweep, sweep_manifest
 
 pytest.importorskip("distributed", reason="needs leaklib[cluster]")
@@ -46,7 +46,7 @@ def wait_for(condition, seconds=60):
 def cluster(tmp_path, monkeypatch):
     """Start a scheduler and two workers; yield the address and the processes."""
     # the code may be edited while the tests run; that workers refuse other code is tested apart
-    monkeypatch.setattr("leaklib.workers.package_digest", lambda: None)
+    monkeypatch.setattr("leaklib.sweep.workers.package_digest", lambda: None)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     file = tmp_path / "scheduler.json"
 
@@ -133,7 +133,7 @@ def test_a_scheduler_that_goes_away_stops_the_sweep_and_keeps_the_rows(cluster, 
 
 
 def test_no_scheduler_is_an_error_that_says_how_to_start_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("leaklib.workers.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("leaklib.sweep.workers.CONNECT_SECONDS", 1)
     with pytest.raises(ConnectionError, match="`dask scheduler`"):
         sweep(slow_row, SETTINGS, tmp_path, scheduler="tcp://127.0.0.1:1", progress=False)
 

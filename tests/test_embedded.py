@@ -18,7 +18,7 @@ from skimage.transform import resize, resize_local_mean
 from sklearn.datasets import load_digits
 
 from leaklib.data import load_images
-from leaklib.embedded import embedded_folder
+from leaklib.data.embedded import embedded_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EMBEDDED = REPOSITORY / "data" / "embedded"

@@ -13,9 +13,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from leaklib import execute
-from leaklib.execute import NotebookError, find_notebook, list_notebooks, run_notebook
-from leaklib.notebook import ParameterError
+from leaklib.runner import execute
+from leaklib.runner.execute import NotebookError, find_notebook, list_notebooks, run_notebook
+from leaklib.runner.notebook import ParameterError
 
 pytest.importorskip("papermill", reason="needs leaklib[study]")
 

@@ -12,8 +12,8 @@ from matplotlib.container import BarContainer
 from PIL import Image
 
 from leaklib import figures
+from leaklib.figures.fingerprints import fingerprint
 from leaklib.figures.look import PNG_DPI
-from leaklib.fingerprints import fingerprint
 
 
 def shown_images(figure):

@@ -27,10 +27,10 @@ from matplotlib.text import Text
 from skimage.color import rgb2lab
 
 from leaklib import figures
+from leaklib.figures.fingerprints import check_picture, compare_fingerprints, fingerprint
 from leaklib.figures.lettering import number_texts, text_inches, wrap
 from leaklib.figures.look import OTHERS, PNG_DPI, ROLES
 from leaklib.figures.ticks import round_ticks
-from leaklib.fingerprints import check_picture, compare_fingerprints, fingerprint
 
 
 def written(figure):

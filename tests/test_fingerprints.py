@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from leaklib import figures
-from leaklib.fingerprints import (
+from leaklib.figures.fingerprints import (
     check_picture,
     compare_fingerprints,
     fingerprint,

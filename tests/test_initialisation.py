@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from leaklib.data import data_root, load_images
-from leaklib.initialisation import INITIALISATIONS, initialise_
 from leaklib.models import available_models, build
+from leaklib.models.initialisation import INITIALISATIONS, initialise_
 
 
 def by_hand(init):

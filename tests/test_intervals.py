@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import leaklib.intervals
-from leaklib.intervals import bootstrap_interval, success_rate
+import leaklib.metrics.intervals
+from leaklib.metrics.intervals import bootstrap_interval, success_rate
 
 
 def test_doctests():
-    assert doctest.testmod(leaklib.intervals).failed == 0
+    assert doctest.testmod(leaklib.metrics.intervals).failed == 0
 
 
 @settings(deadline=None, derandomize=True)
@@ -116,7 +116,7 @@ def test_bootstrap_in_blocks_draws_all_resamples(monkeypatch):
         calls.append(sample.shape)
         return np.mean(sample, axis=axis)
 
-    monkeypatch.setattr(leaklib.intervals, "_BLOCK", 50 * 30)
+    monkeypatch.setattr(leaklib.metrics.intervals, "_BLOCK", 50 * 30)
     blocked = bootstrap_interval(values, counting_mean, resamples=100)
     assert calls == [(30, 50), (30, 50), (30, 50), (10, 50), (50,)]
     assert blocked.low < 24.5 < blocked.high

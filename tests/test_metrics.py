@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
-import leaklib.metrics
-from leaklib.metrics import label_accuracy, match_batch, mse, score
+from leaklib.metrics import label_accuracy, match_batch, mse, score, scores
 
 
 def images(*shape, seed=0):
@@ -22,11 +21,11 @@ def images(*shape, seed=0):
 
 
 def test_doctests():
-    assert doctest.testmod(leaklib.metrics).failed == 0
+    assert doctest.testmod(scores).failed == 0
 
 
 def test_public_names_are_there():
-    assert all(hasattr(leaklib.metrics, name) for name in leaklib.metrics.__all__)
+    assert all(hasattr(scores, name) for name in scores.__all__)
 
 
 LABELS = st.lists(st.integers(-1, 3), min_size=4, max_size=4)
@@ -171,7 +170,7 @@ def test_score_offers_lpips(monkeypatch):
         seen["net"] = net
         return (x - y).abs().mean(dim=(-3, -2, -1))
 
-    monkeypatch.setattr(leaklib.metrics, "lpips", fake)
+    monkeypatch.setattr(scores, "lpips", fake)
     x, y = images(2, 1, 1, 8, 8, seed=1), images(2, 1, 1, 8, 8, seed=2)
     table = score(x, y, lpips_net="vgg")
     assert seen == {"net": "vgg"}

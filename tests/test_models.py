@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-import leaklib.models
-from leaklib.models import NORMALISATIONS, available_models, build, parameter_count, register
+from leaklib.models import (
+    available_models,
+    build,
+    parameter_count,
+    register,
+    registry,
+)
+from leaklib.models.registry import NORMALISATIONS
 
 
 def test_doctests():
-    assert doctest.testmod(leaklib.models).failed == 0
+    assert doctest.testmod(registry).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_listing():
 
 
 def test_registering_a_network(monkeypatch):
-    monkeypatch.setattr(leaklib.models, "_REGISTRY", dict(leaklib.models._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @register("two", activation="tanh", smallest=2)
     def two(input_shape, classes, activation, *, units=3):
@@ -140,7 +146,7 @@ def test_registering_a_network(monkeypatch):
         ({"activation": "swish"}, "unknown activation 'swish'.*sigmoid, tanh"),
         ({"init": "zero"}, "unknown initialisation 'zero'.*kaiming, xavier"),
         ({"normalisation": "imagenet"}, "unknown normalisation 'imagenet'.*mnist"),
-        ({"normalisation": "mnist", "width": 3}, "'lenet' has no option width; its options: none"),
+        ({"normalisation": "mnist", "width": 3}, "'lenet' has no option width; its options: norm"),
         ({"name": "mlp", "depth": 3, "wide": 1}, "no option depth, wide.*hidden, bias"),
         ({"name": "linear", "activation": "relu"}, "'linear' has no activation"),
         ({"name": "convnet", "norm": "layer"}, "unknown norm 'layer'.*batch, group, none"),

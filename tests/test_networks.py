@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from leaklib.initialisation import ACTIVATIONS
 from leaklib.models import available_models, build
+from leaklib.models.initialisation import ACTIVATIONS
 
 FUNCTIONS = {
     "sigmoid": torch.sigmoid,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from leaklib.notebook import Parameter, ParameterError, parse_parameters, read_notebook
-from leaklib.typed_values import fit_value, read_value
+from leaklib.runner.notebook import Parameter, ParameterError, parse_parameters, read_notebook
+from leaklib.runner.typed_values import fit_value, read_value
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 

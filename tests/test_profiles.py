@@ -1,6 +1,6 @@
 import pytest
 
-from leaklib.profiles import choose_plan
+from leaklib.runner.profiles import choose_plan
 
 PLANS = {"smoke": {"victims": 4, "images": "patches"}, "paper": {"victims": 50, "images": "mnist"}}
 

@@ -24,7 +24,7 @@ from leaklib.records import (
     read_record,
     write_record,
 )
-from leaklib.tables import tidy
+from leaklib.records.tables import tidy
 
 TABLE = pd.DataFrame(
     {
@@ -343,3 +343,23 @@ def test_records_are_compared_by_the_rules_of_the_reference(tmp_path):
         "figure 'tight', 'y' is not in the reference",
     ]
     assert compare(figures={"extra": {"y": x}}) == ["figure 'extra' is not in the reference"]
+
+
+def test_captions_that_are_numbers_have_the_tolerance_of_numbers(tmp_path):
+    def record(folder, *captions):
+        figure = {"texts": np.array(captions)}
+        rule = {"figures/strip": records.Tolerance(atol=0.5)}
+        table = pd.DataFrame({"a": [1]})
+        return records.write_record(
+            tmp_path / folder,
+            table,
+            parameters={},
+            keys=["a"],
+            figures={"strip": figure},
+            tolerances=rule,
+        )
+
+    reference = record("reference", "21.4", "DLG")
+    assert records.compare_records(record("near", "21.7", "DLG"), reference) == []
+    assert "21.4" in records.compare_records(record("far", "22.4", "DLG"), reference)[0]
+    assert "iDLG" in records.compare_records(record("word", "21.4", "iDLG"), reference)[0]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-import leaklib.similarity
-from leaklib.similarity import lpips, mse, psnr_db, ssim
+import leaklib.metrics.similarity
+from leaklib.metrics.similarity import lpips, mse, psnr_db, ssim
 
 
 def images(*shape, seed=0, dtype=torch.float64):
@@ -21,7 +21,7 @@ def images(*shape, seed=0, dtype=torch.float64):
 
 
 def test_doctests():
-    assert doctest.testmod(leaklib.similarity).failed == 0
+    assert doctest.testmod(leaklib.metrics.similarity).failed == 0
 
 
 def test_error_and_psnr_equal_numpy_and_skimage():

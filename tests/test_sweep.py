@@ -14,7 +14,7 @@ import pytest
 
 from leaklib.code_hash import package_digest
 from leaklib.sweep import grid, read_sweep, setting_key, sweep, sweep_manifest
-from leaklib.workers import attempt
+from leaklib.sweep.workers import attempt
 
 SETTINGS = grid(seed=range(4), scale=[0.5, 2.0])
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leaklib.tables import Tolerance, compare_tables, read_csv, tidy, write_csv
+from leaklib.records.tables import Tolerance, compare_tables, read_csv, tidy, write_csv
 
 CELLS = {
     "float64": st.floats(allow_nan=True, width=64),

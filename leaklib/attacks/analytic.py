@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from leaklib.attacks.labels import recover_label
 from leaklib.attacks.reconstruction import Reconstruction
-from leaklib.payload import SharedGradient, check_payload
+from leaklib.gradients.payload import SharedGradient, check_payload
 
 
 def invert_linear(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def invert_linear(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
 
     >>> g, x = torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.5, 1.0])
     >>> invert_linear(torch.outer(g, x), g)
-    tensor([0.2500, 0.5000, 1.0000])
+    tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
     weight_grad, bias_grad = weight_grad.double(), bias_grad.double()
     energy = bias_grad.square().sum(-1, keepdim=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 def last_layer(shared: SharedGradient) -> tuple[str, str | None]:

@@ -20,8 +20,8 @@ from leaklib.attacks.labels import last_layer, recover_label, recover_labels
 from leaklib.attacks.problem import Matching, Problem, Variables, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
 from leaklib.checkpoint import digest
-from leaklib.gradients import Loss
-from leaklib.payload import SharedGradient
+from leaklib.gradients.client import Loss
+from leaklib.gradients.payload import SharedGradient
 
 STARTS = ("normal", "uniform", "grey")
 

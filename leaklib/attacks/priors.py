@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leaklib.payload import Statistics
+from leaklib.gradients.payload import Statistics
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from torch.func import vjp, vmap
 
 from leaklib.attacks.distances import DISTANCES
 from leaklib.attacks.priors import statistics_distance, total_variation
-from leaklib.gradients import Loss, update_function, victim_chunk
-from leaklib.payload import SharedGradient, Statistics, check_payload, match_parameters
-from leaklib.stateless import statistics_function
+from leaklib.gradients.client import Loss, update_function, victim_chunk
+from leaklib.gradients.payload import SharedGradient, Statistics, check_payload, match_parameters
+from leaklib.gradients.stateless import statistics_function
 
 Variables = dict[str, Tensor]
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 class Defense(Protocol):

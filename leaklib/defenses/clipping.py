@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from leaklib.defenses._base import check_choice, check_level, per_victim, squared_norms
-from leaklib.payload import SharedGradient, check_finite
+from leaklib.gradients.payload import SharedGradient, check_finite
 
 __all__ = ["Clip"]
 

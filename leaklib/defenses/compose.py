@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from leaklib.defenses._base import Defense
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 __all__ = ["Compose", "Only"]
 

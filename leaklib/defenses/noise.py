@@ -14,7 +14,7 @@ from leaklib.defenses._base import (
     per_victim,
     squared_norms,
 )
-from leaklib.payload import SharedGradient, check_finite
+from leaklib.gradients.payload import SharedGradient, check_finite
 
 __all__ = ["GaussianNoise", "LaplaceNoise"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from leaklib.defenses._base import rows, squared_norms
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 __all__ = ["noise_report", "perturbation"]
 

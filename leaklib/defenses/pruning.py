@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leaklib.defenses._base import check_choice, per_victim, rows
-from leaklib.payload import SharedGradient, check_finite
+from leaklib.gradients.payload import SharedGradient, check_finite
 
 __all__ = ["Prune"]
 

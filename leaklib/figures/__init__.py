@@ -6,6 +6,13 @@ role, PNG), `pictures` the strips and grids of images, `intervals` rates and mea
 """
 
 from leaklib.figures.curves import convergence, rate_lines
+from leaklib.figures.fingerprints import (
+    check_picture,
+    compare_fingerprints,
+    fingerprint,
+    load_fingerprint,
+    save_fingerprint,
+)
 from leaklib.figures.intervals import dot_intervals, rate_bars
 from leaklib.figures.look import (
     Look,
@@ -21,17 +28,22 @@ from leaklib.figures.scatter import identity_scatter
 
 __all__ = [
     "Look",
+    "check_picture",
     "colour",
+    "compare_fingerprints",
     "convergence",
     "dot_intervals",
+    "fingerprint",
     "frames_strip",
     "identity_scatter",
+    "load_fingerprint",
     "looks",
     "make_axes",
     "panel_label",
     "rate_bars",
     "rate_lines",
     "reconstruction_grid",
+    "save_fingerprint",
     "to_png",
     "use_style",
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leaklib.defenses import Clip, Compose, GaussianNoise, Only, Prune, Sign
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 def seeded(seed=0):

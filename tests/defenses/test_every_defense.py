@@ -19,7 +19,7 @@ from leaklib.defenses import (
     Sign,
 )
 from leaklib.defenses._base import check_generator
-from leaklib.payload import FedAvg, SharedGradient
+from leaklib.gradients.payload import FedAvg, SharedGradient
 
 DETERMINISTIC = [
     Clip(0.5),

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 from leaklib.defenses import GaussianNoise, LaplaceNoise
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 N = 40_000
 

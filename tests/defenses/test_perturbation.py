@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from leaklib.defenses import GaussianNoise, Only, Prune, noise_report, perturbation
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 def gradient():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaklib.defenses import Prune
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 def pruned_by_definition(values, ratio, rows=None):

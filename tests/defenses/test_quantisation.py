@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaklib.defenses import Quantize, Sign
-from leaklib.payload import SharedGradient
+from leaklib.gradients.payload import SharedGradient
 
 
 def gradient(*shape, seed=0, scale=1.0):

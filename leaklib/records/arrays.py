@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from leaklib.tables import Tolerance
+from leaklib.records.tables import Tolerance
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -54,7 +54,8 @@ def compare_arrays(
     Args:
         got: What this run found, None if it is missing.
         want: The reference, None if there is none.
-        limit: Tolerance of every number; text must be equal.
+        limit: Tolerance of every number, also of text that reads as one (a caption such as
+            "21.4"); other text must be equal.
         what: Owner of the arrays, first in every line.
 
     Returns:
@@ -78,6 +79,20 @@ def compare_arrays(
                     f"{where}: {int((~close).sum())} of {close.size} values differ, first at "
                     f"{first}: got {a[first]:.6g}, reference {b[first]:.6g}, tolerance {limit}"
                 )
-        elif not np.array_equal(got[name], want[name]):
+        elif not _same_text(got[name], want[name], limit):
             lines.append(f"{where}: got {got[name].tolist()!r}, reference {want[name].tolist()!r}")
     return lines
+
+
+def _same_text(got: np.ndarray, want: np.ndarray, limit: Tolerance) -> bool:
+    """Whether texts agree, numbers among them within the tolerance."""
+    if got.dtype.kind != want.dtype.kind:
+        return False
+    for a, b in zip(got.ravel().tolist(), want.ravel().tolist(), strict=True):
+        try:
+            if not limit.allows(float(a), float(b)):
+                return False
+        except ValueError:
+            if a != b:
+                return False
+    return True

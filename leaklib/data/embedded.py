@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from leaklib.sources import ImageSource, file_sha256
+from leaklib.data.sources import ImageSource, file_sha256
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

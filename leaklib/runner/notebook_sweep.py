@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 
 from leaklib.code_hash import code_version, strip_source
-from leaklib.execute import project_root, run_notebook
 from leaklib.files import write_atomic
-from leaklib.notebook import NotebookInfo, ParameterError, read_notebook
 from leaklib.records import read_record
+from leaklib.records.tables import tidy, write_csv
+from leaklib.runner.execute import project_root, run_notebook
+from leaklib.runner.notebook import NotebookInfo, ParameterError, read_notebook
 from leaklib.sweep import SweepResult, grid, setting_key, sweep
-from leaklib.tables import tidy, write_csv
 
 
 def sweep_notebook(

@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leaklib.arrays import compare_arrays, pack_arrays, unpack_arrays
 from leaklib.code_hash import code_version
 from leaklib.files import prepare_folder
+from leaklib.records.arrays import compare_arrays, pack_arrays, unpack_arrays
+from leaklib.records.tables import Rule, Tolerance, compare_tables, read_csv, tidy, write_csv
 from leaklib.run_info import Checksummed, plain, provenance
-from leaklib.tables import Rule, Tolerance, compare_tables, read_csv, tidy, write_csv
 
 __all__ = [
     "Record",

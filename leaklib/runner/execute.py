@@ -19,9 +19,9 @@ from typing import Any
 
 from leaklib.code_hash import code_version, strip_source
 from leaklib.files import prepare_folder
-from leaklib.notebook import NotebookInfo, read_notebook
-from leaklib.notebook_file import KERNEL, write_executed, write_prepared
 from leaklib.run_info import provenance
+from leaklib.runner.notebook import NotebookInfo, read_notebook
+from leaklib.runner.notebook_file import KERNEL, write_executed, write_prepared
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

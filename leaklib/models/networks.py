@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from leaklib.initialisation import Activation
+from leaklib.models.initialisation import Activation
 
 Shape = tuple[int, int, int]
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leaklib import networks
-from leaklib.initialisation import activation_by_name, check_initialisation, initialise_
+from leaklib.models import networks
+from leaklib.models.initialisation import activation_by_name, check_initialisation, initialise_
 from leaklib.seeding import global_seed
 
 Builder = Callable[..., nn.Sequential]

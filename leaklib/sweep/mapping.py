@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from leaklib.code_hash import code_version
 from leaklib.files import prepare_folder, write_atomic
-from leaklib.workers import Function, Outcome, Setting, run
+from leaklib.sweep.workers import Function, Outcome, Setting, run
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from leaklib.sources import ImageSource
+from leaklib.data.sources import ImageSource
 
 
 def choose_positions(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from leaklib.embedded import REPOSITORY, open_embedded
-from leaklib.selection import choose_positions
-from leaklib.sources import (
+from leaklib.data.embedded import REPOSITORY, open_embedded
+from leaklib.data.selection import choose_positions
+from leaklib.data.sources import (
     TORCHVISION_SETS,
     ImageSource,
     listing_sha256,
@@ -26,7 +26,7 @@ from leaklib.sources import (
     open_folder,
     open_torchvision,
 )
-from leaklib.victims import Victims
+from leaklib.data.victims import Victims
 
 __all__ = ["ImageSet", "Victims", "available_sets", "data_root", "load_images", "make_victims"]
 

@@ -1,7 +1,7 @@
 """Scores of a batch of reconstructions: assignment, labels, one tidy table.
 
-The metrics of single images live in :mod:`leaklib.similarity`, the confidence intervals in
-:mod:`leaklib.intervals`; both are offered here too, so that one import serves a study.
+The metrics of single images live in :mod:`leaklib.metrics.similarity`, the confidence intervals in
+:mod:`leaklib.metrics.intervals`; both are offered here too, so that one import serves a study.
 """
 
 from typing import Literal
@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from leaklib.intervals import Interval, Rate, bootstrap_interval, success_rate
-from leaklib.similarity import as_pair, lpips, mse, psnr_db, ssim
+from leaklib.metrics.intervals import Interval, Rate, bootstrap_interval, success_rate
+from leaklib.metrics.similarity import as_pair, lpips, mse, psnr_db, ssim
 
 __all__ = [
     "Interval",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leaklib.typed_values import fit_value, read_value
+from leaklib.runner.typed_values import fit_value, read_value
 
 
 class ParameterError(ValueError):

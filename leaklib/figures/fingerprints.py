@@ -1,9 +1,9 @@
 """Comparing what figures show: the regression test of the study's pictures.
 
 Pixels change with every version of the font renderer, and by more than a wrong curve changes them.
-A fingerprint (read by `leaklib.artists`) holds coordinates, colours, image arrays, limits and texts
-instead. It is the same at any resolution and survives another matplotlib; a curve that is off by
-half a per cent, a wrong colour or a missing bar is named by its key.
+A fingerprint (read by `leaklib.figures.artists`) holds coordinates, colours, image arrays, limits
+and texts instead. It is the same at any resolution and survives another matplotlib; a curve that is
+off by half a per cent, a wrong colour or a missing bar is named by its key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from leaklib.artists import Fingerprint, fingerprint
+from leaklib.figures.artists import Fingerprint, fingerprint
 
 __all__ = [
     "Fingerprint",

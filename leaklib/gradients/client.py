@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from leaklib.data import Victims
-from leaklib.payload import (
+from leaklib.gradients.payload import (
     FedAvg,
     Reduction,
     SharedGradient,
@@ -23,7 +23,7 @@ from leaklib.payload import (
     check_payload,
     match_parameters,
 )
-from leaklib.stateless import batchnorm_statistics, without_side_effects
+from leaklib.gradients.stateless import batchnorm_statistics, without_side_effects
 
 __all__ = [
     "FedAvg",
