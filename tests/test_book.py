@@ -187,3 +187,10 @@ def test_hand_worked_jacobian_predicts_the_best_match_under_noise():
         mismatch = (residual * candidates - wanted[0]).square() + (residual - wanted[1]).square()
         best = candidates[mismatch.argmin()].item()
         assert best - 0.5 == pytest.approx(predicted, abs=1e-3)
+
+
+def test_the_readmes_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "max_evaluations=2_000" in code
+    exec(code.replace("max_evaluations=2_000", "max_evaluations=20"), {})
+    assert capsys.readouterr().out.startswith("tensor([[")
