@@ -164,3 +164,15 @@ def test_state_is_tensors_only():
     """A checkpoint saves every field: none may hide a closure or a Python number."""
     state = lbfgs.start(starts())
     assert all(isinstance(getattr(state, f.name), torch.Tensor) for f in fields(state))
+
+
+def test_a_search_that_cannot_end_keeps_the_best_point_it_found():
+    """At a kink no step has a flat enough slope; what was gained on the way must not be lost."""
+
+    def kink(x, rows=None):
+        away = x[:, 0] - 0.123
+        return torch.maximum(away, -2 * away), torch.where(away > 0, 1.0, -2.0).double()[:, None]
+
+    state = run(torch.tensor([[3.3]], dtype=torch.float64), kink, budget=300)
+    assert float(state.value[0]) < 1e-6
+    assert not state.active[0]
