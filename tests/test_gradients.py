@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ class TestBadInput:
         shared = share_gradient(model, random_victims())
         with pytest.raises(ValueError, match=message):
             check_payload(model, shared.replace(change(shared.tensors)))
+
+    def test_statistics_of_another_model_are_refused(self):
+        model = residual_network()
+        shared = share_gradient(model, random_victims(batch=2), statistics=True)
+        ((name, (mean, variance)),) = shared.statistics.items()
+        for wrong, message in (
+            ({"nobody": (mean, variance)}, "'nobody'"),
+            ({name: (mean[:, :2], variance)}, "channels"),
+            ({name: (mean * torch.nan, variance)}, "finite statistics"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                check_payload(model, dataclasses.replace(shared, statistics=wrong))
 
     def test_malformed_payloads_are_refused(self):
         with pytest.raises(ValueError, match="at least one"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leaklib.attacks.labels import recover_label
+from leaklib.attacks.labels import check_last_layer, recover_label
 from leaklib.attacks.reconstruction import Reconstruction
 from leaklib.gradients.payload import SharedGradient, check_payload
 
@@ -87,8 +87,10 @@ def analytic(
         )
     images = _undo_normalisation(model, flat.view(-1, 1, *image_shape)).to(shared.dtype)
     none = torch.zeros(shared.victims, device=shared.device)
-    found = recover_label(shared) if labels is None else labels
-    return Reconstruction(images, found, none, none.long())
+    if labels is None:
+        check_last_layer(model, shared)
+        labels = recover_label(shared)
+    return Reconstruction(images, labels, none, none.long())
 
 
 def _first_layer(model: nn.Module, size: int) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from leaklib.checkpoint import read_checkpoint, write_checkpoint
 from leaklib.files import prepare_folder
+from leaklib.precision import full_float32
 
 
 class OptimiserState(Protocol):
@@ -67,6 +68,7 @@ class Trace:
     evaluations: Tensor
 
 
+@full_float32()
 def drive(
     state: State,
     tick: Callable[[State], None],
@@ -100,7 +102,11 @@ def drive(
     values: list[Tensor] = []
     evaluations: list[Tensor] = []
     path = settings.checkpoint
-    identity = {**identity, "max_evaluations": max_evaluations}
+    identity = {
+        **identity,
+        "max_evaluations": max_evaluations,
+        "snapshots": str(settings.snapshots),
+    }
     if path is not None:
         prepare_folder(path.parent)
         if (saved := read_checkpoint(path, settings=identity)) is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from leaklib.gradients.payload import SharedGradient
+from leaklib.gradients.stateless import without_side_effects
 
 
 def last_layer(shared: SharedGradient) -> tuple[str, str | None]:
@@ -26,12 +27,27 @@ def last_layer(shared: SharedGradient) -> tuple[str, str | None]:
     return weight, bias if has_bias else None
 
 
+def check_last_layer(model: nn.Module, shared: SharedGradient) -> None:
+    """Refuse label recovery when the model's last layer was not shared.
+
+    Raises:
+        ValueError: naming the layer that is missing.
+    """
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+    if not matrices or matrices[-1] not in shared.tensors:
+        raise ValueError(
+            f"expected the gradient of the last layer ({matrices[-1] if matrices else 'none'}) to "
+            f"read labels from, got {', '.join(shared.names)}; share it, or give the labels"
+        )
+
+
 def recover_label(shared: SharedGradient) -> Tensor:
-    """Label of a single image, exactly: iDLG's sign rule.
+    """Label of a single image: iDLG's sign rule, exact while the gradient is not zero.
 
     ∂L/∂z_c = p_c − 1[c = y] is negative for the true class alone, and it is the bias gradient.
     Without a bias, row c of the weight gradient is ∂L/∂z_c · aᵀ; the true row is the longest,
-    because |p_y − 1| is the sum of all other entries. Source: Zhao, Mopuri & Bilen 2020.
+    because |p_y − 1| is the sum of all other entries. Where p_y rounds to 1 the whole gradient is
+    zero and the answer a guess. Source: Zhao, Mopuri & Bilen 2020.
 
     Args:
         shared: cross-entropy gradient of one image a victim.
@@ -44,7 +60,9 @@ def recover_label(shared: SharedGradient) -> Tensor:
             without a bias.
     """
     if shared.batch != 1:
-        raise ValueError(f"expected batch 1, got {shared.batch}; use recover_labels")
+        raise ValueError(
+            f"expected batch 1, got {shared.batch}; use dlg(labels=recover_labels(shared), ...)"
+        )
     weight, bias = last_layer(shared)
     if bias is not None:
         return shared.tensors[bias].argmin(dim=1, keepdim=True)
@@ -106,6 +124,7 @@ def expected_probabilities(
 ) -> Tensor:
     """Mean prediction of the model on uniform random images, (classes,): an attacker's guess."""
     first = next(model.parameters())
-    noise = torch.rand(samples, *image_shape, generator=generator, dtype=first.dtype)
+    frozen = without_side_effects(model)
+    noise = torch.rand(samples, *image_shape, generator=generator, device=generator.device)
     with torch.no_grad():
-        return model(noise.to(first.device)).softmax(1).mean(0)
+        return frozen(noise.to(first.device, first.dtype)).softmax(1).mean(0)

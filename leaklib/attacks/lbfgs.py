@@ -67,6 +67,8 @@ class LBFGSState:
 
 def start(x: Tensor, *, history: int = 100) -> LBFGSState:
     """State before the first evaluation, at x (rows, size)."""
+    if history < 1:
+        raise ValueError(f"expected history >= 1, got {history}")
     rows, size = x.shape
 
     def scalars(fill: float = 0.0) -> Tensor:
@@ -110,7 +112,7 @@ def tick(state: LBFGSState, evaluate: Evaluate, *, gradient_tolerance: float = 0
     first = state.evaluations[rows] == 1
     accept_trial = _advance_search(state, rows, value, slope, gradient) & ~first
     accept_trial |= first
-    _restart_exhausted(state, rows[~accept_trial])
+    _restart_exhausted(state, rows[~accept_trial], gradient_tolerance)
     _accept(state, rows[accept_trial], trial[accept_trial], value[accept_trial],
             gradient[accept_trial], gradient_tolerance)  # fmt: skip
 
@@ -168,7 +170,7 @@ def _cubic_minimum(
     return b - (b - a) * (b_slope + d2 - d1) / (b_slope - a_slope + 2 * d2)
 
 
-def _restart_exhausted(state: LBFGSState, rows: Tensor) -> None:
+def _restart_exhausted(state: LBFGSState, rows: Tensor, tolerance: float) -> None:
     """End searches that cannot go on: take the best point found, or forget the history."""
     width = (state.hi[rows] - state.lo[rows]).abs()
     reach = state.direction[rows].abs().amax(1).double()
@@ -184,10 +186,10 @@ def _restart_exhausted(state: LBFGSState, rows: Tensor) -> None:
         state.step[descended] = state.lo[descended]
         moved = state.lo[descended, None].to(state.x.dtype) * state.direction[descended]
         _accept(state, descended, state.x[descended] + moved, state.lo_value[descended],
-                state.lo_gradient[descended].clone(), 0.0)  # fmt: skip
+                state.lo_gradient[descended].clone(), tolerance)  # fmt: skip
     failed = rows[~((state.lo[rows] > 0) & (state.lo_value[rows] < state.value[rows]))]
     failed = failed[~torch.isin(failed, descended)]
-    # No descent even along the negative gradient: the row is at its floating-point floor.
+    # No descent even along the negative gradient: a floating-point floor, or a kink of ReLU.
     state.active[failed[state.pairs[failed] == 0]] = False
     again = failed[state.pairs[failed] > 0]
     state.pairs[again] = 0
@@ -213,10 +215,8 @@ def _accept(
 
 def _learn(state: LBFGSState, rows: Tensor, s: Tensor, y: Tensor) -> None:
     """Store the pair (s, y) where its curvature is positive."""
-    curvature = (s * y).sum(1)
-    good = curvature > torch.finfo(s.dtype).eps * (y * y).sum(1).clamp_min(
-        torch.finfo(s.dtype).tiny
-    )
+    # Relative to both lengths: a bound on sᵀy / yᵀy would reject every steep but sound pair.
+    good = (s * y).sum(1) > torch.finfo(s.dtype).eps * s.norm(dim=1) * y.norm(dim=1)
     rows, s, y = rows[good], s[good], y[good]
     slots = state.pairs[rows] % state.s.shape[1]
     state.s[rows, slots], state.y[rows, slots] = s, y

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leaklib.attacks import adam, lbfgs
 from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
-from leaklib.attacks.labels import last_layer, recover_label, recover_labels
+from leaklib.attacks.labels import check_last_layer, last_layer, recover_label, recover_labels
 from leaklib.attacks.problem import Matching, Problem, Variables, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
 from leaklib.checkpoint import digest
@@ -104,6 +104,7 @@ def idlg(
     """
     if "labels" in settings:
         raise TypeError("idlg recovers the labels itself; to give them, call dlg(labels=...)")
+    check_last_layer(model, shared)
     return dlg(model, shared, image_shape=image_shape, generator=generator,
                labels=recover_label(shared), **settings)  # fmt: skip
 
@@ -153,7 +154,9 @@ def invert_gradients(
     matching = matching or Matching("cosine", tv_weight=1e-4)
     optimiser = optimiser or adam.AdamSettings()
     run = run or RunSettings()
-    labels = recover_labels(shared) if labels is None else labels
+    if labels is None:
+        check_last_layer(model, shared)
+        labels = recover_labels(shared)
     problem, x, identity = _prepare(
         model, shared, image_shape=image_shape, generator=generator, labels=labels, classes=None,
         matching=matching, restarts=restarts, start=start, loss=loss,
@@ -190,17 +193,40 @@ def _prepare(
             f"{tuple(labels.shape)}"
         )
     if labels is None and classes is None:
+        check_last_layer(model, shared)
         classes = shared.tensors[last_layer(shared)[0]].shape[1]
+    if labels is not None:
+        labels = _checked_labels(labels, model, shared)
     problem = matching_problem(
         model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
         matching=matching, restarts=restarts, loss=loss,
     )  # fmt: skip
     x = problem.pack(_start(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
-    return problem, x, {
+    facts = {
         "matching": str(matching), "restarts": restarts, "image_shape": str(image_shape),
+        "loss": getattr(loss, "__qualname__", str(loss)), "reduction": shared.reduction,
+        "protocol": str(shared.protocol), "training": model.training,
         "payload": digest(shared.tensors), "start": digest({"start": x}),
+        "model": digest(model.state_dict()),
+        "labels": "joint" if labels is None else digest({"labels": labels}),
+        "statistics": digest(
+            {f"{n} {i}": t for n, pair in (shared.statistics or {}).items()
+             for i, t in enumerate(pair)}
+        ),
     }  # fmt: skip
+    return problem, x, facts
+
+
+def _checked_labels(labels: Tensor, model: nn.Module, shared: SharedGradient) -> Tensor:
+    """Labels on the payload's device, in the range of the classes."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    classes = len(matrices[-1]) if matrices else None
+    if labels.is_floating_point() or bool((labels < 0).any()):
+        raise ValueError(f"expected integer labels >= 0, got {labels.flatten()[:5].tolist()} ...")
+    if classes is not None and bool((labels >= classes).any()):
+        raise ValueError(f"expected labels below {classes}, got {int(labels.max())}")
+    return labels.to(shared.device)
 
 
 def _start(

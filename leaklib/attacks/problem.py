@@ -107,7 +107,9 @@ def matching_problem(
         ValueError: the payload does not fit the model, or an unknown layer.
     """
     check_payload(model, shared)
-    names = match_parameters(shared.names, matching.layers or shared.names)
+    names = match_parameters(
+        shared.names, shared.names if matching.layers is None else matching.layers
+    )
     weights = _weights(names, matching.layer_weights or {})
     update = update_function(
         model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names

@@ -1,8 +1,8 @@
 """Defenses that transform what a client shares, before it leaves the client.
 
 Each is a frozen setting that is called as ``defense(shared, generator=...)`` and returns a new
-:class:`~leaklib.payload.SharedGradient`; what it is given stays as it was. Victims do not influence
-one another: only the random draws of a batch of victims come from one stream.
+:class:`~leaklib.gradients.payload.SharedGradient`; what it is given stays as it was. Victims do not
+influence one another: only the random draws of a batch of victims come from one stream.
 """
 
 from leaklib.defenses._base import Defense

@@ -58,7 +58,7 @@ class Only:
 
     Settings:
         layers: Parameter names ("fc.weight") or module prefixes ("body.0"); see
-            :func:`leaklib.payload.match_parameters`.
+            :func:`leaklib.gradients.payload.match_parameters`.
         defense: What is applied to them.
 
     Raises:

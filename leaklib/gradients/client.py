@@ -24,6 +24,7 @@ from leaklib.gradients.payload import (
     match_parameters,
 )
 from leaklib.gradients.stateless import batchnorm_statistics, without_side_effects
+from leaklib.precision import full_float32
 
 __all__ = [
     "FedAvg",
@@ -101,6 +102,7 @@ def update_function(
     return update
 
 
+@full_float32()
 def share_gradient(
     model: nn.Module,
     victims: Victims,

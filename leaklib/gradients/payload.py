@@ -162,6 +162,25 @@ def check_payload(model: nn.Module, shared: SharedGradient) -> None:
         if tensor.dtype != params[name].dtype or tensor.device != params[name].device:
             raise ValueError(
                 f"expected {name!r} as {params[name].dtype} on {params[name].device}, got "
-                f"{tensor.dtype} on {tensor.device}; convert the model or the gradient"
+                f"{tensor.dtype} on {tensor.device}; move the model with model.to(...)"
             )
     check_finite(shared)
+    _check_statistics(model, shared)
+
+
+def _check_statistics(model: nn.Module, shared: SharedGradient) -> None:
+    """Refuse BatchNorm statistics that the model cannot have measured."""
+    layers = {
+        name: module.num_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    for name, pair in (shared.statistics or {}).items():
+        wanted = (shared.victims, layers.get(name, 0))
+        if name not in layers or any(tuple(part.shape) != wanted for part in pair):
+            raise ValueError(
+                f"expected statistics (victims, channels) of BatchNorm layers {layers}, got "
+                f"{name!r} of shapes {[tuple(part.shape) for part in pair]}"
+            )
+        if not all(bool(torch.isfinite(part).all()) for part in pair):
+            raise ValueError(f"expected finite statistics, got NaN or infinity in {name!r}")

@@ -89,7 +89,9 @@ def without_side_effects(model: nn.Module) -> nn.Module:
     """A copy whose forward pass changes no buffer and draws no random number."""
     frozen = copy.deepcopy(model)
     for name, module in frozen.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
             module.__class__ = _BatchStatisticsNorm
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(

@@ -54,8 +54,8 @@ def compare_arrays(
     Args:
         got: What this run found, None if it is missing.
         want: The reference, None if there is none.
-        limit: Tolerance of every number, also of text that reads as one (a caption such as
-            "21.4"); other text must be equal.
+        limit: Tolerance of every number, of a picture's mean error (names ending in `/array`), and
+            of text that reads as a number (a caption such as "21.4"); other text must be equal.
         what: Owner of the arrays, first in every line.
 
     Returns:
@@ -73,6 +73,10 @@ def compare_arrays(
         elif got[name].dtype.kind in "biuf" and want[name].dtype.kind in "biuf":
             a, b = got[name].astype(float), want[name].astype(float)
             close = np.isclose(a, b, rtol=limit.rtol, atol=limit.atol, equal_nan=True)
+            if name.endswith("/array"):
+                # A picture: its mean error counts, since single pixels of a search differ most.
+                room = limit.atol + limit.rtol * np.abs(b).mean()
+                close |= bool(np.abs(a - b).mean() <= room)
             if not close.all():
                 first = tuple(int(i) for i in np.argwhere(~close)[0])
                 lines.append(

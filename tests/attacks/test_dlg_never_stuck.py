@@ -27,9 +27,7 @@ def test_twenty_runs_of_dlg_recover_twenty_pictures_and_labels():
             generator=torch.Generator().manual_seed(seed), max_evaluations=2_500,
         )  # fmt: skip
         assert int(found.evaluations.max()) <= 2_500
-        table = score(
-            found.images, victims.images, labels=found.labels, true_labels=victims.labels
-        )
+        table = score(found.images, victims.images, labels=found.labels, true_labels=victims.labels)
         psnr += table["psnr_db"].tolist()
         labels += table["label_correct"].tolist()
     assert all(labels)

@@ -176,3 +176,27 @@ def test_a_search_that_cannot_end_keeps_the_best_point_it_found():
     state = run(torch.tensor([[3.3]], dtype=torch.float64), kink, budget=300)
     assert float(state.value[0]) < 1e-6
     assert not state.active[0]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e8])
+def test_the_path_does_not_depend_on_the_scale_of_the_objective(scale):
+    """Steep but sound curvature pairs must be learned, in float32 too."""
+
+    def scaled(x, rows=None):
+        value, gradient = rosenbrock(x)
+        return scale * value, scale * gradient
+
+    plain = lbfgs.start(starts().float(), history=10)
+    steep = lbfgs.start(starts().float(), history=10)
+    for _ in range(60):
+        if plain.active.any():
+            lbfgs.tick(plain, rosenbrock)
+        if steep.active.any():
+            lbfgs.tick(steep, scaled)
+    assert int(steep.pairs.max()) > 10
+    assert float(steep.value.max()) / scale < 2 * float(plain.value.max()) + 1e-6
+
+
+def test_an_empty_history_is_refused():
+    with pytest.raises(ValueError, match="history >= 1"):
+        lbfgs.start(starts(), history=0)

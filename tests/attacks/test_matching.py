@@ -2,7 +2,15 @@ import pytest
 import torch
 from conftest import random_victims, small_lenet, small_mlp
 
-from leaklib.attacks import AdamSettings, Matching, RunSettings, dlg, idlg, invert_gradients
+from leaklib.attacks import (
+    AdamSettings,
+    Matching,
+    RunSettings,
+    analytic,
+    dlg,
+    idlg,
+    invert_gradients,
+)
 from leaklib.attacks.reconstruction import choose_restart
 from leaklib.gradients import share_gradient
 from leaklib.metrics import psnr_db
@@ -76,13 +84,31 @@ def test_batched_attack_walks_the_path_of_single_attacks(attack):
         )
 
 
-def test_poisoned_truth_changes_nothing():
+@pytest.mark.parametrize("attack", ["dlg", "idlg", "invert", "analytic"])
+def test_poisoned_truth_changes_nothing(attack):
     """The attack sees the gradient alone: overwriting the private images leaves it as it was."""
-    model, victims, shared = setting()
-    first = dlg(model, shared, image_shape=SHAPE, generator=generator(), max_evaluations=80)
+    model = small_mlp() if attack == "analytic" else small_lenet()
+    victims = random_victims()
+    shared = share_gradient(model, victims)
+    private = {victims.images.untyped_storage().data_ptr()}
+    assert not private & {t.untyped_storage().data_ptr() for t in shared.tensors.values()}
+
+    def recover():
+        settings = {"image_shape": SHAPE, "generator": generator()}
+        match attack:
+            case "dlg":
+                return dlg(model, shared, max_evaluations=40, **settings)
+            case "idlg":
+                return idlg(model, shared, max_evaluations=40, **settings)
+            case "invert":
+                return invert_gradients(model, shared, optimiser=AdamSettings(steps=40), **settings)
+            case _:
+                return analytic(model, shared, image_shape=SHAPE)
+
+    first = recover()
     victims.images.fill_(0.123)
     victims.labels.fill_(0)
-    again = dlg(model, shared, image_shape=SHAPE, generator=generator(), max_evaluations=80)
+    again = recover()
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, again.labels)
 
@@ -202,7 +228,40 @@ def test_progress_is_shown_with_the_time_left(capsys):
     assert "5/5" in shown
 
 
+def test_a_checkpoint_knows_labels_model_and_snapshots(tmp_path):
+    model, victims, shared = setting(victims=2)
+    path = tmp_path / "run.pt"
+
+    def run(model=model, labels=victims.labels, **more):
+        settings = {"image_shape": SHAPE, "max_evaluations": 3, "labels": labels}
+        run = RunSettings(checkpoint=path, **more)
+        return dlg(model, shared, generator=generator(), run=run, **settings)
+
+    run()
+    with pytest.raises(ValueError, match="differs in: labels"):
+        run(labels=(victims.labels + 1) % 10)
+    with pytest.raises(ValueError, match="differs in: model"):
+        run(model=small_lenet(seed=99))
+    with pytest.raises(ValueError, match="differs in: snapshots"):
+        run(snapshots=(0, 2))
+
+
 class TestBadInput:
+    def test_labels_out_of_range_or_not_integers(self):
+        model, _, shared = setting()
+        settings = {"image_shape": SHAPE, "generator": generator()}
+        with pytest.raises(ValueError, match="below 10, got 59"):
+            dlg(model, shared, labels=torch.tensor([[1], [59], [2]]), **settings)
+        with pytest.raises(ValueError, match="integer labels"):
+            dlg(model, shared, labels=torch.rand(3, 1), **settings)
+
+    @pytest.mark.parametrize("attack", [dlg, idlg, invert_gradients])
+    def test_hidden_layers_are_not_taken_for_the_last_one(self, attack):
+        model = small_mlp()
+        shared = share_gradient(model, random_victims(), layers=["hidden1"])
+        with pytest.raises(ValueError, match=r"last layer \(fc.weight\)"):
+            attack(model, shared, image_shape=SHAPE, generator=generator())
+
     def test_wrong_image_shape_says_so_before_the_run(self):
         model, _, shared = setting()
         with pytest.raises(ValueError, match="image_shape"):
