@@ -1,5 +1,7 @@
 """Small victims and small networks: every attack and every theory meets the same table of cases."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,17 @@ from leaklib.data import Victims
 from leaklib.models import build
 
 DTYPE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A shell starts background jobs with SIGINT ignored, and processes inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
