@@ -1,1 +1,1 @@
-"""Gradient leakage: attacks, defenses and theory, batched over victims."""
+"""Gradient leakage: attacks, defenses and metrics, batched over victims."""

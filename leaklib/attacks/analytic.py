@@ -11,21 +11,21 @@ from leaklib.gradients.payload import SharedGradient, check_payload
 
 
 def invert_linear(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
-    """Input of a fully connected layer: x = (∂L/∂W)ᵀ g / (gᵀg), g = ∂L/∂b.
+    """Input of a fully connected layer: x = (∂L/∂W)ᵀ k / (kᵀk), k = ∂L/∂z = ∂L/∂b.
 
-    ∂L/∂W = g xᵀ is an outer product, so every row gives x up to a factor; this is the least-squares
-    answer over all rows, which keeps small |g_j| from spoiling it. Source: Phong et al. 2018;
-    least squares over rows after Chen & Campbell 2022.
+    ∂L/∂W = k xᵀ is an outer product, so every row gives x up to a factor; this is the least-squares
+    answer over all rows, which keeps small |k_j| from spoiling it. Source: Phong et al. 2018, who
+    divide one row; taking all rows is our choice.
 
     Args:
         weight_grad: (..., outputs, inputs).
         bias_grad: (..., outputs).
 
     Returns:
-        Inputs (..., inputs), exact up to rounding for one image; NaN where g = 0.
+        Inputs (..., inputs), exact up to rounding for one image; NaN where k = 0.
 
-    >>> g, x = torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.5, 1.0])
-    >>> invert_linear(torch.outer(g, x), g)
+    >>> k, x = torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.5, 1.0])
+    >>> invert_linear(torch.outer(k, x), k)
     tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
     weight_grad, bias_grad = weight_grad.double(), bias_grad.double()

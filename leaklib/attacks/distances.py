@@ -2,8 +2,8 @@
 
 Each function takes a gradient and its target, name -> tensor of one client, and returns the value
 and the cotangent ∂D/∂g. The image gradient of any matching attack is then one product with the
-Jacobian of the gradient, ∂D/∂x = J (∂D/∂g): no autograd graph over the distance, two passes over
-memory less per evaluation than differentiating it.
+Jacobian of the gradient, ∂D/∂x = J (∂D/∂g): no autograd graph over the distance, and fewer passes
+over memory than differentiating it.
 """
 
 from __future__ import annotations

@@ -42,15 +42,16 @@ def check_last_layer(model: nn.Module, shared: SharedGradient) -> None:
 
 
 def recover_label(shared: SharedGradient) -> Tensor:
-    """Label of a single image: iDLG's sign rule, exact while the gradient is not zero.
+    """Label of a single image: iDLG's sign rule, exact for an undefended gradient that is not zero.
 
     ∂L/∂z_c = p_c − 1[c = y] is negative for the true class alone, and it is the bias gradient.
     Without a bias, row c of the weight gradient is ∂L/∂z_c · aᵀ; the true row is the longest,
     because |p_y − 1| is the sum of all other entries. Where p_y rounds to 1 the whole gradient is
-    zero and the answer a guess. Source: Zhao, Mopuri & Bilen 2020.
+    zero and the answer a guess. Source: Zhao, Mopuri & Bilen 2020, who compare the signs of the
+    rows of the weight gradient. Here the bias is read, or the length of the rows.
 
     Args:
-        shared: cross-entropy gradient of one image a victim.
+        shared: cross-entropy gradient of one image a victim, with a hard label.
 
     Returns:
         Labels (victims, 1).
@@ -79,8 +80,9 @@ def recover_labels(shared: SharedGradient, *, probabilities: Tensor | None = Non
     Summed over the batch, ∂L/∂z_c = Σ_i p_ic − n_c, with n_c images of class c. Subtract what the
     attacker expects of Σ_i p_ic, then take the class with the most negative entry, raise it by
     one, and go on. Exact whenever the expectation is off by less than 1/2 in every class; without
-    `probabilities`, whenever no class collects more than one image's probability. Source: our
-    derivation; the same idea as Yin et al. 2021 and Wainakh et al. 2022.
+    `probabilities`, whenever every class collects less than one image's probability. Source: our
+    derivation. Wainakh et al. 2022 also take the classes one by one, from the weight gradient; Yin
+    et al. 2021 read labels without repetition.
 
     Args:
         shared: cross-entropy gradient; the bias of the last layer is needed if batch > 1.

@@ -47,7 +47,7 @@ def dlg(
 
     Cost: max_evaluations per victim and restart, each about 7/3 gradient evaluations.
     Source: Zhu, Liu & Han 2019, Algorithm 1, with a strong-Wolfe line search instead of fixed
-    steps, which leave one run in five stuck.
+    steps, which leave some runs stuck. L-BFGS and the soft label are as in the released code.
 
     Args:
         model: the shared model, in the client's mode.
@@ -96,7 +96,8 @@ def idlg(
 ) -> Reconstruction:
     """Improved DLG: the label is read off the last layer, then only the image is sought.
 
-    Source: Zhao, Mopuri & Bilen 2020. Settings are those of `dlg` but for `labels`.
+    Source: Zhao, Mopuri & Bilen 2020; see `recover_label`. Settings are those of `dlg` but for
+    `labels`.
 
     Raises:
         TypeError: `labels` given; that is `dlg`.
@@ -124,10 +125,10 @@ def invert_gradients(
     loss: Loss = F.cross_entropy,
     run: RunSettings | None = None,
 ) -> Reconstruction:
-    """Inverting gradients: min 1 − cos(∇θ L(x, y), ĝ) + λ TV(x) by signed Adam inside the box.
+    """Inverting gradients: min 1 − cos(∇θ L(x, y), ĝ) + α TV(x) by signed Adam inside the box.
 
     Cost: one evaluation a step, each about 7/3 gradient evaluations.
-    Source: Geiping et al. 2020, Eq. 4 and Section 5.
+    Source: Geiping et al. 2020, Eq. 4; steps and their decay as in the released code.
 
     Args:
         model: the shared model, in the client's mode.

@@ -12,7 +12,7 @@ def total_variation(images: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring pixels, horizontal plus vertical.
 
     TV(x) = mean|x[…, i+1, j] − x[…, i, j]| + mean|x[…, i, j+1] − x[…, i, j]|.
-    Source: the anisotropic form of Geiping et al. 2020.
+    Source: the released code of Geiping et al. 2020, an anisotropic mean.
 
     Args:
         images: (..., channels, height, width).

@@ -2,7 +2,7 @@
 
 Row v·R + r of the problem is restart r of victim v. Its objective is
 
-    D(∇θ L(x, y), ĝ) + λ_tv TV(x) + λ_bn R_bn(x)
+    D(∇θ L(x, y), ĝ) + α_tv TV(x) + α_bn R_bn(x)
 
 and one evaluation costs one gradient and one product with its Jacobian (about 7/3 gradient
 evaluations), for all rows of a chunk in one `vmap`.
@@ -35,8 +35,8 @@ class Matching:
         layers: layers to compare; None compares all that were shared. Dropping a layer from
             gradient and target alike is a layer mask.
         layer_weights: layer -> weight in the distance; layers not named weigh 1.
-        tv_weight: λ_tv, weight of the total variation.
-        bn_weight: λ_bn, weight of the BatchNorm-statistics prior.
+        tv_weight: α_tv, weight of the total variation.
+        bn_weight: α_bn, weight of the BatchNorm-statistics prior.
     """
 
     distance: str = "l2"

@@ -51,8 +51,8 @@ def noise_report(shared: SharedGradient, released: SharedGradient) -> pd.DataFra
     Returns:
         Table with the columns ``victim``; ``gradient_norm`` ‖g‖; ``perturbation_norm`` ‖δ‖;
         ``relative_norm`` ‖δ‖/‖g‖ (NaN for 0/0); ``changed_share``, the share of entries with
-        δ ≠ 0; ``touched_share``, the share of entries that belong to a tensor with some δ ≠ 0,
-        which is PPP's share of perturbed parameters.
+        δ ≠ 0; ``touched_share``, the share of entries that belong to a tensor with some δ ≠ 0:
+        how much of the gradient a partial perturbation covers.
 
     Raises:
         ValueError: The two do not hold the same tensors.

@@ -67,9 +67,8 @@ def initialise_(model: nn.Module, init: str, *, generator: torch.Generator) -> n
         kaiming   w ~ U(±√(3/fan_in)), that is Kaiming with the sigmoid's gain 1; b ~ U(±0.5)
         xavier    w ~ U(±√(6/(fan_in + fan_out))); b ~ U(±0.5)
 
-    Normalisation layers keep their parameters: none of the networks that the papers redraw has
-    one. I²F's released code applies its `normal` rule twice to the weight and never to the bias;
-    this is the rule that the paper states.
+    Normalisation layers keep their parameters. I²F's released code applies its `normal` rule twice
+    to the weight and never to the bias; here the bias gets it, as its branch for the bias suggests.
 
     Args:
         model: changed in place; any device and dtype.
@@ -83,7 +82,8 @@ def initialise_(model: nn.Module, init: str, *, generator: torch.Generator) -> n
     Raises:
         ValueError: unknown `init`.
 
-    Source: DLG (arXiv 1906.08935) for `uniform`; I²F (arXiv 2309.13016), figure 7, for the rest.
+    Source: released code of DLG (arXiv 1906.08935) for `uniform`, and of I²F (arXiv 2309.13016),
+    its study of initialisation, for the rest.
     """
     check_initialisation(init)
     for module in model.modules():

@@ -30,7 +30,7 @@ def lenet(
     "group") puts a normalisation behind every convolution, to study what it changes; the published
     network has none.
 
-    Source: Zhu, Liu, Han, Deep Leakage from Gradients (arXiv 1906.08935).
+    Source: Zhu, Liu, Han, Deep Leakage from Gradients (arXiv 1906.08935), released code.
     """
     return _lenet(input_shape, classes, activation, strides=(2, 2, 1), norm=norm)
 
@@ -115,7 +115,7 @@ def convnet(
     followed by its normalisation and activation. 2,904,970 parameters on 3x32x32 with 10 classes
     and batch normalisation. `norm` is "batch", "group" (with `groups` groups) or "none".
 
-    Source: Geiping et al., Inverting Gradients (arXiv 2003.14053).
+    Source: Geiping et al., Inverting Gradients (arXiv 2003.14053), released code.
     """
     channels, height, breadth = input_shape
     normalisation = _normalisation_layer(norm, groups, known=("batch", "group", "none"))
@@ -145,11 +145,12 @@ def resnet18(
     """ResNet-18 in its CIFAR form: 3x3 first convolution of stride 1, no pooling behind it.
 
     11,173,962 parameters on three channels with 10 classes, 11,172,810 on one. `norm` is "batch"
-    or "group" (with `groups` groups, PPP's choice). The layers carry torchvision's names. Their
-    default initialisation is torchvision's: N(0, 2/fan_out) in every convolution, drawn in the
-    order of the names after PyTorch's own draw of all layers. I²F's networks come out of it.
+    or "group" (with `groups` groups; CVB, the successor of PPP, takes 2). The layers carry
+    torchvision's names. Their default initialisation is torchvision's: N(0, 2/fan_out) in every
+    convolution, drawn in the order of the names after PyTorch's own draw of all layers. I²F's
+    networks come out of it.
 
-    Source: He et al. (arXiv 1512.03385); I²F (arXiv 2309.13016); PPP (arXiv 2208.04767).
+    Source: He et al. (arXiv 1512.03385); I²F (arXiv 2309.13016); CVB (arXiv 2309.04515).
     """
     normalisation = _normalisation_layer(norm, groups, known=("batch", "group"))
     # the meta device draws nothing, so the exchange of the first convolution costs no random number
