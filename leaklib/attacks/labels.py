@@ -42,13 +42,13 @@ def check_last_layer(model: nn.Module, shared: SharedGradient) -> None:
 
 
 def recover_label(shared: SharedGradient) -> Tensor:
-    """Label of a single image: iDLG's sign rule, exact for an undefended gradient that is not zero.
+    """Label of a single image: iDLG's sign rule, exact but for noise and rounding.
 
     ∂L/∂z_c = p_c − 1[c = y] is negative for the true class alone, and it is the bias gradient.
     Without a bias, row c of the weight gradient is ∂L/∂z_c · aᵀ; the true row is the longest,
-    because |p_y − 1| is the sum of all other entries. Where p_y rounds to 1 the whole gradient is
-    zero and the answer a guess. Source: Zhao, Mopuri & Bilen 2020, who compare the signs of the
-    rows of the weight gradient. Here the bias is read, or the length of the rows.
+    because |p_y − 1| is the sum of all other entries. Where p_y rounds to 1, no entry is negative
+    and the answer is a guess. Source: Zhao, Mopuri & Bilen 2020, who compare the signs of the rows
+    of the weight gradient. Here the bias is read, or the length of the rows.
 
     Args:
         shared: cross-entropy gradient of one image a victim, with a hard label.
