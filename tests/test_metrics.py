@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
-from leaklib.metrics import label_accuracy, match_batch, mse, score, scores
+from leaklib.metrics import (
+    label_accuracy,
+    match_batch,
+    mse,
+    score,
+    scores,
+    success_rate,
+    success_table,
+)
 
 
 def images(*shape, seed=0):
@@ -24,8 +32,15 @@ def test_doctests():
     assert doctest.testmod(scores).failed == 0
 
 
-def test_public_names_are_there():
-    assert all(hasattr(scores, name) for name in scores.__all__)
+def test_success_table_equals_one_rate_a_group():
+    rows = pd.DataFrame(
+        {"set": list("aabbb"), "attack": list("xyxxy"), "psnr_db": [25, 20, 19, 21, float("nan")]}
+    )
+    table = success_table(rows, by=["set", "attack"]).set_index(["set", "attack"])
+    assert list(table.index) == [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    for group, values in {("a", "y"): [20.0], ("b", "x"): [19, 21], ("b", "y"): [0.0]}.items():
+        rate = success_rate(values, threshold=20.0)
+        assert table.loc[group].tolist() == [rate.n, rate.estimate, rate.low, rate.high]
 
 
 LABELS = st.lists(st.integers(-1, 3), min_size=4, max_size=4)

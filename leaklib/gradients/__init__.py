@@ -1,14 +1,8 @@
 """Gradients: what a client computes from its private batch, and what of it leaves."""
 
-from leaklib.gradients.client import (
-    FedAvg,
-    SharedGradient,
-    batchnorm_statistics,
-    check_payload,
-    match_parameters,
-    share_gradient,
-    update_function,
-)
+from leaklib.gradients.client import share_gradient, update_function
+from leaklib.gradients.payload import FedAvg, SharedGradient, check_payload, match_parameters
+from leaklib.gradients.stateless import batchnorm_statistics
 
 __all__ = [
     "FedAvg",

@@ -20,21 +20,10 @@ from leaklib.gradients.payload import (
     Reduction,
     SharedGradient,
     check_finite,
-    check_payload,
     match_parameters,
 )
 from leaklib.gradients.stateless import batchnorm_statistics, without_side_effects
 from leaklib.precision import full_float32
-
-__all__ = [
-    "FedAvg",
-    "SharedGradient",
-    "batchnorm_statistics",
-    "check_payload",
-    "match_parameters",
-    "share_gradient",
-    "update_function",
-]
 
 Loss = Callable[..., Tensor]
 

@@ -1,18 +1,8 @@
 """Metrics: how close a reconstruction is, and how sure we are of a rate."""
 
-from leaklib.metrics.scores import (
-    Interval,
-    Rate,
-    bootstrap_interval,
-    label_accuracy,
-    lpips,
-    match_batch,
-    mse,
-    psnr_db,
-    score,
-    ssim,
-    success_rate,
-)
+from leaklib.metrics.intervals import Interval, Rate, bootstrap_interval, success_rate
+from leaklib.metrics.scores import label_accuracy, match_batch, score, success_table
+from leaklib.metrics.similarity import lpips, mse, psnr_db, ssim
 
 __all__ = [
     "Interval",
@@ -26,4 +16,5 @@ __all__ = [
     "score",
     "ssim",
     "success_rate",
+    "success_table",
 ]

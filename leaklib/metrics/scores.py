@@ -1,9 +1,10 @@
 """Scores of a batch of reconstructions: assignment, labels, one tidy table.
 
 The metrics of single images live in :mod:`leaklib.metrics.similarity`, the confidence intervals in
-:mod:`leaklib.metrics.intervals`; both are offered here too, so that one import serves a study.
+:mod:`leaklib.metrics.intervals`.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -11,22 +12,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from leaklib.metrics.intervals import Interval, Rate, bootstrap_interval, success_rate
+from leaklib.metrics.intervals import success_rate
 from leaklib.metrics.similarity import as_pair, lpips, mse, psnr_db, ssim
-
-__all__ = [
-    "Interval",
-    "Rate",
-    "bootstrap_interval",
-    "label_accuracy",
-    "lpips",
-    "match_batch",
-    "mse",
-    "psnr_db",
-    "score",
-    "ssim",
-    "success_rate",
-]
 
 
 def label_accuracy(recovered: Tensor, true: Tensor) -> Tensor:
@@ -167,6 +154,31 @@ def score(
         paired = labels.to(images.device)[rows, permutation]
         columns["label_correct"] = paired == true_labels.to(images.device)
     return pd.DataFrame({name: one.flatten().cpu().numpy() for name, one in columns.items()})
+
+
+def success_table(
+    rows: pd.DataFrame, *, by: Sequence[str], value: str = "psnr_db", threshold: float = 20.0
+) -> pd.DataFrame:
+    """Success rate with its Wilson interval for every group of a table of scores.
+
+    Args:
+        rows: One row per picture, as from :func:`score`, with the columns of ``by``.
+        by: Columns that name a group; groups keep the order of their first row.
+        value: Column that is compared with the threshold; NaN is a failure.
+        threshold: A picture is recovered at this value or above.
+
+    Returns:
+        Table with the columns of ``by``, then ``n``, ``rate``, ``low``, ``high``.
+
+    >>> rows = pd.DataFrame({"attack": ["a", "a", "b"], "psnr_db": [30.0, 10.0, 25.0]})
+    >>> success_table(rows, by=["attack"])[["attack", "n", "rate"]].values.tolist()
+    [['a', 2, 0.5], ['b', 1, 1.0]]
+    """
+    lines = []
+    for names, part in rows.groupby(list(by), sort=False):
+        rate = success_rate(part[value].to_numpy(), threshold=threshold)
+        lines.append([*names, rate.n, rate.estimate, rate.low, rate.high])
+    return pd.DataFrame(lines, columns=[*by, "n", "rate", "low", "high"])
 
 
 def _check_labels(recovered: Tensor, true: Tensor) -> None:

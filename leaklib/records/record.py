@@ -27,23 +27,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leaklib.code_hash import code_version
 from leaklib.files import prepare_folder
 from leaklib.records.arrays import compare_arrays, pack_arrays, unpack_arrays
 from leaklib.records.tables import Rule, Tolerance, compare_tables, read_csv, tidy, write_csv
 from leaklib.run_info import Checksummed, plain, provenance
-
-__all__ = [
-    "Record",
-    "Tolerance",
-    "code_version",
-    "compare_records",
-    "compare_tables",
-    "prepare_folder",
-    "provenance",
-    "read_record",
-    "write_record",
-]
 
 FIGURE_TOLERANCE = Tolerance(rtol=1e-3, atol=1e-6)
 MACHINE_PARAMETERS = frozenset({"device", "data_root", "out"})
