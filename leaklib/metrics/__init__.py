@@ -1,5 +1,6 @@
 """Metrics: how close a reconstruction is, and how sure we are of a rate."""
 
+from leaklib.metrics.correlation import correlation_table
 from leaklib.metrics.intervals import Interval, Rate, bootstrap_interval, success_rate
 from leaklib.metrics.scores import label_accuracy, match_batch, score, success_table
 from leaklib.metrics.similarity import lpips, mse, psnr_db, ssim
@@ -8,6 +9,7 @@ __all__ = [
     "Interval",
     "Rate",
     "bootstrap_interval",
+    "correlation_table",
     "label_accuracy",
     "lpips",
     "match_batch",

@@ -104,7 +104,7 @@ def success_rate(
     1/2 = 50% [9%, 91%]
     """
     scores = _as_float64(values)
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if scores.size == 0:
         raise ValueError("expected at least one value, got none; score an attack first")
     if math.isnan(threshold):
@@ -161,7 +161,7 @@ def bootstrap_interval(
     Interval(estimate=2.0, low=2.0, high=2.0, n=3, confidence=0.95)
     """
     sample = _as_float64(values).ravel()
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if sample.size == 0:
         raise ValueError("expected at least one value, got none; score an attack first")
     if not np.isfinite(sample).all():
@@ -200,6 +200,11 @@ def _as_float64(values: npt.ArrayLike | torch.Tensor) -> npt.NDArray[np.float64]
     return np.asarray(values, dtype=np.float64)
 
 
-def _check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
+    """Refuse a coverage outside (0, 1).
+
+    Raises:
+        ValueError: with the usual value.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"expected a confidence in (0, 1), got {confidence}; 0.95 is usual")
