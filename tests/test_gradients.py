@@ -12,6 +12,7 @@ from leaklib.gradients import (
     SharedGradient,
     batchnorm_statistics,
     check_payload,
+    concatenate,
     match_parameters,
     share_gradient,
     update_function,
@@ -207,3 +208,19 @@ class TestBadInput:
             SharedGradient({"a": torch.zeros(2, 3)}, batch=0)
         with pytest.raises(ValueError, match="steps >= 1"):
             FedAvg(steps=0)
+
+
+def test_concatenated_releases_attack_as_one_and_refuse_to_mix():
+    model = small_mlp()
+    shared = [share_gradient(model, random_victims(seed=k)) for k in range(2)]
+    both = concatenate(shared)
+    assert both.victims == 6
+    for name, tensor in both.items():
+        assert torch.equal(tensor[:3], shared[0].tensors[name])
+        assert torch.equal(tensor[3:], shared[1].tensors[name])
+    with pytest.raises(ValueError, match="reduction"):
+        concatenate([shared[0], share_gradient(model, random_victims(), reduction="sum")])
+    with pytest.raises(ValueError, match="names"):
+        concatenate([shared[0], share_gradient(model, random_victims(), layers=["fc"])])
+    with pytest.raises(ValueError, match="at least one"):
+        concatenate([])

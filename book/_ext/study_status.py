@@ -66,7 +66,7 @@ def _rerun_tabs(page: NotebookPage) -> list[str]:
         ),
         "Paper scale": (
             f"{command} -p profile paper -p device cuda -p data_root DATA",
-            "The paper's data and budgets. `DATA` is a folder of image sets, see "
+            "Data sets of the papers, larger budgets. `DATA` is a folder of image sets, see "
             "[How to run it again](../book/rerun.md).",
         ),
         "Own parameters": (

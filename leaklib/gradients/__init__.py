@@ -1,7 +1,13 @@
 """Gradients: what a client computes from its private batch, and what of it leaves."""
 
 from leaklib.gradients.client import share_gradient, update_function
-from leaklib.gradients.payload import FedAvg, SharedGradient, check_payload, match_parameters
+from leaklib.gradients.payload import (
+    FedAvg,
+    SharedGradient,
+    check_payload,
+    concatenate,
+    match_parameters,
+)
 from leaklib.gradients.stateless import batchnorm_statistics
 
 __all__ = [
@@ -9,6 +15,7 @@ __all__ = [
     "SharedGradient",
     "batchnorm_statistics",
     "check_payload",
+    "concatenate",
     "match_parameters",
     "share_gradient",
     "update_function",

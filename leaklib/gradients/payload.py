@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -100,6 +100,39 @@ class SharedGradient:
     def select(self, layers: Iterable[str]) -> SharedGradient:
         """Keep the named layers only (see `match_parameters`)."""
         return self.replace({n: self.tensors[n] for n in match_parameters(self.names, layers)})
+
+
+def concatenate(releases: Sequence[SharedGradient]) -> SharedGradient:
+    """Several releases as one, the victims of one behind those of the other.
+
+    So that one batched attack serves many levels of a defense.
+
+    Args:
+        releases: same names, shapes, batch, reduction and protocol; without statistics.
+
+    Returns:
+        SharedGradient with the sum of the victims.
+
+    Raises:
+        ValueError: nothing given, or releases that differ in more than their values.
+
+    >>> one = SharedGradient({"fc.bias": torch.zeros(2, 3)}, batch=1)
+    >>> concatenate([one, one, one]).victims
+    6
+    """
+    if not releases:
+        raise ValueError("expected at least one release, got none")
+    first = releases[0]
+    for other in releases[1:]:
+        for what in ("names", "batch", "reduction", "protocol"):
+            if getattr(other, what) != getattr(first, what):
+                raise ValueError(
+                    f"expected releases of one {what}, got {getattr(first, what)} and "
+                    f"{getattr(other, what)}; attack them one after the other"
+                )
+    if any(one.statistics is not None for one in releases):
+        raise ValueError("expected releases without BatchNorm statistics; attack them one by one")
+    return first.replace({n: torch.cat([one.tensors[n] for one in releases]) for n in first.names})
 
 
 def match_parameters(names: Iterable[str], layers: Iterable[str] | str) -> tuple[str, ...]:
