@@ -150,7 +150,7 @@ def test_crops_come_at_several_scales():
 def test_committed_files_are_what_the_script_makes(maker, tmp_path):
     script = REPOSITORY / "data" / "make_embedded.py"
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path)], check=True)
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 8
     for path in tmp_path.iterdir():
         if path.name != "SHA256SUMS":  # of the bytes, which depend on the version of Pillow
             same, verdict = maker.compare(path.name, path.read_bytes(), EMBEDDED / path.name)

@@ -7,6 +7,7 @@ from leaklib.attacks.labels import expected_probabilities, recover_label, recove
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
 from leaklib.attacks.problem import Matching
 from leaklib.attacks.reconstruction import Reconstruction
+from leaklib.attacks.tokens import nearest_tokens
 
 __all__ = [
     "AdamSettings",
@@ -19,6 +20,7 @@ __all__ = [
     "idlg",
     "invert_gradients",
     "invert_linear",
+    "nearest_tokens",
     "recover_label",
     "recover_labels",
 ]

@@ -30,10 +30,11 @@ def dlg(
     model: nn.Module,
     shared: SharedGradient,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     generator: torch.Generator,
     labels: Tensor | None = None,
     classes: int | None = None,
+    label_shape: tuple[int, ...] = (),
     matching: Matching | None = None,
     max_evaluations: int = 2_500,
     history: int = 100,
@@ -52,10 +53,11 @@ def dlg(
     Args:
         model: the shared model, in the client's mode.
         shared: the released gradients.
-        image_shape: (channels, height, width) of one private image.
+        image_shape: (channels, height, width) of one private image, or the shape of another input.
         generator: draws the starts.
-        labels: (victims, batch) if known; None finds them jointly, as published.
+        labels: (victims, batch, ...) if known; None finds them jointly, as published.
         classes: number of classes; None reads it off the last layer.
+        label_shape: axes of one input's unknown label, such as (tokens,) for the next tokens.
         matching: distance, masks and priors; None is the plain squared distance.
         max_evaluations: budget of each victim and restart.
         history: curvature pairs that L-BFGS remembers; fewer save memory but converge far slower.
@@ -75,7 +77,8 @@ def dlg(
     run = run or RunSettings()
     problem, x, identity = _prepare(
         model, shared, image_shape=image_shape, generator=generator, labels=labels,
-        classes=classes, matching=matching, restarts=restarts, start=start, loss=loss,
+        classes=classes, label_shape=label_shape, matching=matching, restarts=restarts, start=start,
+        loss=loss,
     )  # fmt: skip
     identity |= {"attack": "dlg", "history": history, "gradient_tolerance": gradient_tolerance}
     state, trace = drive(
@@ -90,7 +93,7 @@ def idlg(
     model: nn.Module,
     shared: SharedGradient,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     generator: torch.Generator,
     **settings: Any,
 ) -> Reconstruction:
@@ -114,7 +117,7 @@ def invert_gradients(
     model: nn.Module,
     shared: SharedGradient,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     generator: torch.Generator,
     labels: Tensor | None = None,
     matching: Matching | None = None,
@@ -133,7 +136,7 @@ def invert_gradients(
     Args:
         model: the shared model, in the client's mode.
         shared: the released gradients.
-        image_shape: (channels, height, width) of one private image.
+        image_shape: (channels, height, width) of one private image, or the shape of another input.
         generator: draws the starts.
         labels: (victims, batch); None recovers them from the last layer first.
         matching: distance, masks and priors; None is cosine with TV weight 1e-4.
@@ -176,7 +179,7 @@ def _prepare(
     model: nn.Module,
     shared: SharedGradient,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     generator: torch.Generator,
     labels: Tensor | None,
     classes: int | None,
@@ -184,6 +187,7 @@ def _prepare(
     restarts: int,
     start: str | Mapping[str, Tensor],
     loss: Loss,
+    label_shape: tuple[int, ...] = (),
 ) -> tuple[Problem, Tensor, dict[str, Any]]:
     """Check everything, build the problem and its starting point."""
     if restarts < 1:
@@ -200,7 +204,7 @@ def _prepare(
         labels = _checked_labels(labels, model, shared)
     problem = matching_problem(
         model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
-        matching=matching, restarts=restarts, loss=loss,
+        matching=matching, restarts=restarts, loss=loss, label_shape=label_shape,
     )  # fmt: skip
     x = problem.pack(_start(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
@@ -291,7 +295,7 @@ def _conclude(
     rows = chosen.cpu()
     return Reconstruction(
         images=found["images"],
-        labels=labels if labels is not None else found["label_logits"].argmax(-1),
+        labels=labels if labels is not None else found["label_logits"].argmax(2),
         objective=state.best_value[chosen],
         evaluations=state.evaluations.view(-1, restarts).sum(1),
         frames=torch.stack([unpack(f[chosen]) for f in trace.frames])

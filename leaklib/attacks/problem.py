@@ -78,12 +78,13 @@ def matching_problem(
     model: nn.Module,
     shared: SharedGradient,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     labels: Tensor | None,
     classes: int,
     matching: Matching,
     restarts: int,
     loss: Loss,
+    label_shape: tuple[int, ...] = (),
     chunk: int | None = None,
 ) -> Problem:
     """Build the objective that a matching attack minimises.
@@ -91,13 +92,14 @@ def matching_problem(
     Args:
         model: the shared model.
         shared: what the clients released.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width), or the shape of another input.
         labels: (victims, batch) if known; None makes label logits a variable, whose softmax is
             the soft label (DLG).
         classes: number of classes.
         matching: distance, masks and priors.
         restarts: rows per victim.
         loss: the client's loss.
+        label_shape: axes of one input's label beside its class.
         chunk: rows per vmap; None chooses by network size.
 
     Returns:
@@ -120,7 +122,7 @@ def matching_problem(
     pixels = (shared.batch, *image_shape)
     shapes: dict[str, tuple[int, ...]] = {"images": pixels}
     if labels is None:
-        shapes["label_logits"] = (shared.batch, classes)
+        shapes["label_logits"] = (shared.batch, classes, *label_shape)
     sizes = {name: _numel(shape) for name, shape in shapes.items()}
 
     def pack(variables: Variables) -> Tensor:
@@ -134,7 +136,7 @@ def matching_problem(
         variables: Variables, label: Tensor, target: dict[str, Tensor], stats: Statistics
     ) -> tuple[Tensor, Variables]:
         def shared_by(dummy: Variables) -> dict[str, Tensor]:
-            soft = dummy["label_logits"].softmax(-1) if "label_logits" in dummy else label
+            soft = dummy["label_logits"].softmax(1) if "label_logits" in dummy else label
             return update(dummy["images"], soft)
 
         grads, pull = vjp(shared_by, variables)  # type: ignore[misc]

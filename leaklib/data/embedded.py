@@ -54,7 +54,7 @@ def embedded_folder() -> Path:
     return Path(os.environ.get("LEAKLIB_EMBEDDED") or REPOSITORY / "data" / "embedded")
 
 
-def _verified(folder: Path, names: list[str]) -> dict[str, Path]:
+def verified_files(folder: Path, names: list[str]) -> dict[str, Path]:
     """Return the paths of files after comparing each with SHA256SUMS."""
     for name in ("SHA256SUMS", *names):
         if not (folder / name).is_file():
@@ -86,7 +86,7 @@ def open_embedded(name: str, split: str) -> ImageSource:
         ValueError: A file differs from its checksum.
     """
     sheet = _SHEETS[name]
-    files = _verified(embedded_folder(), [f"{name}.csv", f"{name}-{split}.png"])
+    files = verified_files(embedded_folder(), [f"{name}.csv", f"{name}-{split}.png"])
     with files[f"{name}.csv"].open(encoding="utf-8", newline="") as table:
         rows = [row for row in csv.DictReader(table) if row["split"] == split]
     with Image.open(files[f"{name}-{split}.png"]) as picture:

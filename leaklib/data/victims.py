@@ -98,6 +98,11 @@ class Victims:
         return len(self.images)
 
     @property
+    def inputs(self) -> Tensor:
+        """The images, under the name that every private input has."""
+        return self.images
+
+    @property
     def batch(self) -> int:
         """Pictures a victim."""
         return self.images.shape[1]
@@ -126,6 +131,58 @@ class Victims:
             self.images.to(device=device, dtype=dtype),
             self.labels.to(device=device, dtype=dtype if soft else None),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PrivateInputs:
+    """Private batches of any continuous input, such as the embeddings of a sentence.
+
+    Attributes:
+        inputs: `(victims, batch, *input shape)`, finite floating point of any range.
+        labels: `(victims, batch, ...)`, whatever the client's loss takes.
+
+    Raises:
+        TypeError: Inputs that are not floating point.
+        ValueError: No input, a value that is not finite, or labels that do not fit.
+
+    Example:
+        >>> private = PrivateInputs(torch.randn(3, 1, 8, 16), torch.zeros(3, 1, dtype=torch.int64))
+        >>> len(private), private.input_shape
+        (3, (8, 16))
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        inputs, labels = self.inputs, self.labels
+        if not inputs.is_floating_point():
+            raise TypeError(
+                f"expected floating-point inputs, got {inputs.dtype}; embed tokens first"
+            )
+        if inputs.ndim < 3 or inputs.numel() == 0:
+            raise ValueError(
+                "expected non-empty inputs (victims, batch, *input shape), got "
+                f"{tuple(inputs.shape)}; for one input a victim use inputs.unsqueeze(1)"
+            )
+        bad = _first(~inputs.isfinite())
+        if bad is not None:
+            raise ValueError(
+                f"expected finite inputs, got NaN or infinity in victim {bad}; mend it"
+            )
+        if labels.shape[:2] != inputs.shape[:2] or labels.device != inputs.device:
+            raise ValueError(
+                f"expected labels {tuple(inputs.shape[:2])} + (...) on {inputs.device}, got "
+                f"{tuple(labels.shape)} on {labels.device}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.inputs.shape[2:])
 
 
 def _first(bad: Tensor) -> int | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from leaklib.data import Victims
+from leaklib.data import PrivateInputs, Victims
 from leaklib.gradients.payload import (
     FedAvg,
     Reduction,
@@ -94,7 +94,7 @@ def update_function(
 @full_float32()
 def share_gradient(
     model: nn.Module,
-    victims: Victims,
+    victims: Victims | PrivateInputs,
     *,
     loss: Loss = F.cross_entropy,
     reduction: Reduction = "mean",
@@ -109,7 +109,8 @@ def share_gradient(
 
     Args:
         model: the shared model; its mode (train or eval) is the client's.
-        victims: images (victims, batch, channels, height, width) in [0, 1] and labels.
+        victims: images (victims, batch, channels, height, width) in [0, 1], or other inputs, and
+            labels.
         loss: see `update_function`.
         reduction: "mean" or "sum" of the loss over the batch.
         protocol: FedAvg local steps; None shares the plain gradient.
@@ -125,24 +126,24 @@ def share_gradient(
         ValueError: model and images differ in dtype or device, an unknown layer, dropout in train
             mode, or a gradient that is not finite.
     """
-    check_inputs(model, victims.images)
+    check_inputs(model, victims.inputs)
     update = update_function(
         model, loss=loss, reduction=reduction, protocol=protocol, layers=layers
     )
-    chunk = chunk or victim_chunk(model, victims.images)
+    chunk = chunk or victim_chunk(model, victims.inputs)
     parts = []
     for rows in torch.arange(len(victims)).split(chunk):
-        images, labels = victims.images[rows], victims.labels[rows]
+        images, labels = victims.inputs[rows], victims.labels[rows]
         if len(rows) == 1:
             part = {n: g[None] for n, g in update(images[0], labels[0]).items()}
         else:
             part = vmap(update)(images, labels)
         parts.append({n: g.detach() for n, g in part.items()})
     tensors = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
-    shared = SharedGradient(tensors, victims.images.shape[1], reduction, protocol)
+    shared = SharedGradient(tensors, victims.inputs.shape[1], reduction, protocol)
     check_finite(shared)
     if statistics:
-        measured = [batchnorm_statistics(model, images) for images in victims.images]
+        measured = [batchnorm_statistics(model, images) for images in victims.inputs]
         if not measured[0]:
             raise ValueError("expected BatchNorm layers to share statistics of, got none")
         stacked = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from leaklib.influence.objective import Objective, Parameters
 
@@ -22,13 +23,15 @@ class RetainedGraph:
         x: the leaf (batch, *input shape).
         params: the leaves θ.
         input_gradient: ∇x L, shape of x.
-        gradient: g = ∇θ L.
+        gradient: where in the graph g = ∇θ L arises, without its values, which no product needs
+            and which are as large as the network. A parameter whose gradient does not depend on x
+            at all, like a bias' under a loss linear in the outputs, has no place.
     """
 
     x: Tensor
     params: Parameters
     input_gradient: Tensor
-    gradient: Parameters
+    gradient: dict[str, GradientEdge]
 
     def jv(self, v: Parameters) -> Parameters:
         """Jv = ∇x ⟨g, v⟩: name -> (vectors, *shape) to "x" -> (vectors, batch, *input shape)."""
@@ -45,12 +48,10 @@ class RetainedGraph:
         return {"x": torch.stack([self._jv(self._jtu(one)) for one in u["x"]])}
 
     def _jv(self, v: Parameters) -> Tensor:
-        # a gradient may not depend on x at all, like a bias' under a loss linear in the outputs
-        live = [n for n, g in self.gradient.items() if g.requires_grad]
-        if not live:
+        if not self.gradient:
             return torch.zeros_like(self.x)
         (result,) = torch.autograd.grad(
-            [self.gradient[n] for n in live], self.x, [v[n] for n in live],
+            list(self.gradient.values()), self.x, [v[n] for n in self.gradient],
             retain_graph=True, materialize_grads=True,
         )  # fmt: skip
         return result
@@ -82,4 +83,15 @@ def retained_graph(objective: Objective, x: Tensor, y: Tensor) -> RetainedGraph:
         input_gradient, *gradient = torch.autograd.grad(
             value, [x, *params.values()], create_graph=True, materialize_grads=True
         )
-    return RetainedGraph(x, params, input_gradient, dict(zip(params, gradient, strict=True)))
+    places = zip(params, gradient, strict=True)
+    edges = {n: get_gradient_edge(g) for n, g in places if g.requires_grad}
+    return RetainedGraph(x, params, input_gradient, edges)
+
+
+def gradient(objective: Objective, x: Tensor, y: Tensor) -> Parameters:
+    """g = ∇θ L of one victim. Cost: one gradient evaluation."""
+    params = {n: p.detach().requires_grad_() for n, p in objective.params.items()}
+    with torch.enable_grad():
+        value = objective.value(params, x.detach(), y)
+    parts = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+    return dict(zip(params, parts, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from leaklib.gradients.client import VMAP_PARAMETERS, Loss
 from leaklib.gradients.payload import Reduction, SharedGradient, match_parameters
-from leaklib.influence import checks, functional_form
+from leaklib.influence import checks, functional_form, graph_form
 from leaklib.influence.graph_form import RetainedGraph, retained_graph, stack
 from leaklib.influence.objective import Objective, explained_failures, private_objective
 from leaklib.precision import full_float32
@@ -107,8 +107,10 @@ class InfluenceOperator:
         """Gradients g = ∇θ L: name -> (victims, *shape). Cost: one gradient evaluation a victim."""
         with explained_failures():
             if self._by_graph(vectors=1):
-                graphs = (self._graph(victim).gradient for victim in range(self.victims))
-                parts = [{n: g.detach() for n, g in one.items()} for one in graphs]
+                parts = [
+                    graph_form.gradient(self.objective, x, y)
+                    for x, y in zip(self.inputs, self.labels, strict=True)
+                ]
                 return {n: stack([part[n] for part in parts]) for n in self.parameter_shapes}
             return functional_form.gradient(
                 self.objective, self.inputs, self.labels, chunk=self._pairs()

@@ -8,12 +8,15 @@ from leaklib.models.registry import (
     parameter_count,
     register,
 )
+from leaklib.models.transformer import embedding_table, transformer
 
 __all__ = [
     "Normalise",
     "available_models",
     "build",
+    "embedding_table",
     "initialise_",
     "parameter_count",
     "register",
+    "transformer",
 ]
