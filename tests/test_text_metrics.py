@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,12 @@ def test_order_counts_for_rouge_l_and_accuracy_only(a, random):
     assert Counter(b) == Counter(a)
     assert (token_accuracy(b, a) == 1) == (rouge_l(b, a) == 1) == (a == b)
     assert token_accuracy(b, a) <= rouge_l(b, a) + 1e-12
+
+
+def test_tensors_count_by_value():
+    a, b = torch.tensor([3, 1, 2, 3]), torch.tensor([3, 1, 3, 2])
+    for score in (token_accuracy, rouge_1, rouge_l):
+        assert score(a, b) == score(a.tolist(), b.tolist()) > 0
 
 
 def test_published_example_of_rouge_l():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from leaklib.attacks import dlg, nearest_tokens
+from leaklib.attacks import dlg, invert_gradients, nearest_tokens
 from leaklib.data import PrivateInputs, load_sentences
 from leaklib.gradients import share_gradient
 from leaklib.models import embedding_table, transformer
@@ -225,6 +225,15 @@ def test_unknown_next_tokens_are_a_variable_of_the_attack():
     found = dlg(model, shared, start=wrong, generator=torch.Generator(), **settings)
     assert found.objective.min() > 1e-3
     assert torch.equal(found.labels, (private.labels + 1) % 20)
+
+
+def test_total_variation_of_embeddings_is_refused():
+    model, _, _, private = language_model()
+    with pytest.raises(ValueError, match="tv_weight=0"):
+        invert_gradients(
+            model, share_gradient(model, private), image_shape=(5, 8), labels=private.labels,
+            generator=torch.Generator(),
+        )  # fmt: skip
 
 
 def test_private_inputs_are_checked():

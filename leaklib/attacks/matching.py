@@ -138,10 +138,10 @@ def invert_gradients(
         shared: the released gradients.
         image_shape: (channels, height, width) of one private image, or the shape of another input.
         generator: draws the starts.
-        labels: (victims, batch); None recovers them from the last layer first.
+        labels: (victims, batch, ...); None recovers them from the last layer first.
         matching: distance, masks and priors; None is cosine with TV weight 1e-4.
         optimiser: learning rate, signs, decay, box and stopping; None is the default of
-            `AdamSettings`.
+            `AdamSettings`, whose box is that of images.
         max_evaluations: budget of each victim and restart; None is the planned number of steps.
         restarts: independent starts per victim; the lowest objective is returned.
         start: "normal", "uniform", "grey", or {"images": ...} with a leading

@@ -106,9 +106,15 @@ def matching_problem(
         The problem.
 
     Raises:
-        ValueError: the payload does not fit the model, or an unknown layer.
+        ValueError: the payload does not fit the model, an unknown layer, or total variation of
+            what is no image.
     """
     check_payload(model, shared)
+    if matching.tv_weight and len(image_shape) != 3:
+        raise ValueError(
+            f"expected images (channels, height, width) for total variation, got {image_shape}; "
+            "pass a matching with tv_weight=0, such as Matching('cosine')"
+        )
     names = match_parameters(
         shared.names, shared.names if matching.layers is None else matching.layers
     )

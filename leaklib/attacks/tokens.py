@@ -39,7 +39,7 @@ def nearest_tokens(
         )
     if similarity not in ("euclidean", "cosine"):
         raise ValueError(f"expected similarity 'euclidean' or 'cosine', got {similarity!r}")
-    rows = embeddings.double().flatten(0, -2)
+    rows = embeddings.double().reshape(-1, table.shape[1])
     words = table.to(rows)
     finite = rows.isfinite().all(-1)
     products = rows.nan_to_num(0.0, 0.0, 0.0) @ words.T

@@ -22,6 +22,7 @@ from leaklib.data.embedded import embedded_folder, verified_files
 from leaklib.data.sources import listing_sha256
 
 UNKNOWN = "<unk>"
+LOST = "<lost>"
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*|\d+")
 _TEST_EVERY = 5
 
@@ -54,8 +55,8 @@ class SentenceSet:
         return len(self.tokens)
 
     def words(self, tokens: Tensor) -> list[str]:
-        """Words of token numbers `(tokens,)`."""
-        return [self.vocabulary[number] for number in tokens.tolist()]
+        """Words of token numbers `(tokens,)`; `<lost>` for -1, where an attack diverged."""
+        return [self.vocabulary[n] if n >= 0 else LOST for n in tokens.tolist()]
 
 
 def split_words(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -85,6 +86,15 @@ class _BatchStatisticsNorm(nn.modules.batchnorm._BatchNorm):
         return scaled * self.weight.view(shape) + self.bias.view(shape)
 
 
+class _ComposedPReLU(nn.PReLU):
+    """PReLU written out: torch's own, differentiated twice under two vmaps, is silently wrong."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Map x to x where x > 0, and to w x elsewhere; w one number or one per channel."""
+        shape = (1, -1) + (1,) * (input.ndim - 2) if input.ndim > 1 else (-1,)
+        return torch.where(input > 0, input, self.weight.view(shape) * input)
+
+
 def without_side_effects(model: nn.Module) -> nn.Module:
     """A copy whose forward pass changes no buffer and draws no random number."""
     frozen = copy.deepcopy(model)
@@ -93,6 +103,8 @@ def without_side_effects(model: nn.Module) -> nn.Module:
             module.training or module.running_mean is None
         ):
             module.__class__ = _BatchStatisticsNorm
+        if type(module) is nn.PReLU:
+            module.__class__ = _ComposedPReLU
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
                 f"expected a deterministic model, got dropout {name!r} in train mode; "

@@ -1,4 +1,4 @@
-"""Influence: how far a change of the shared gradient moves what the best attacker recovers.
+"""Influence: how far a change of the shared gradient moves the picture that matches it best.
 
     operator = influence_operator(model, inputs, labels)     # J = ∂(∇θ L)/∂x, as products
     spec = spectrum(operator)                                # of JJᵀ, in float64

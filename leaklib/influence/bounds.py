@@ -5,8 +5,9 @@ With σ the singular values of J and λ = σ² the eigenvalues of JJᵀ,
     ‖Jδ‖/(λ_max + ε)  <=  I_ε(δ)  <=  ‖Jδ‖/(λ_min + ε),
                           I_ε(δ)  <=  ‖δ‖ max σ/(σ² + ε)  <=  ‖δ‖/(2√ε).
 
-They bound the linearised error in the unit ‖·‖ over the whole input. Divide by √d for the error per
-entry. The error of a real attack may be smaller than the lower bound.
+They bound the linearised error, as a norm over the whole input: divide by √d for the error per
+entry. The undivided bound may exceed the RMSE, and the error of a real attack may be smaller than
+either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from leaklib.influence.checks import RankWarning, parameter_vectors
 from leaklib.influence.damping import ConvergenceWarning
+from leaklib.influence.expectation import checked_std
 from leaklib.influence.lanczos import extreme_eigenvalues
 from leaklib.influence.operator import InfluenceOperator
 
@@ -59,7 +61,8 @@ def i2f_lower_bound(
 
     λ_max does not depend on δ: pass all perturbations of a victim at once.
 
-    Cost: one product Jδ each, and about ten products with JJᵀ: 23 to 31 gradient evaluations.
+    Cost: one product Jδ each, and 8 to 11 products with JJᵀ where λ_max stands apart: 23 to 31
+    gradient evaluations of multiplications; in time a product takes 3 to 5 instead of 2.7.
 
     Args:
         operator: J of each victim.
@@ -70,8 +73,9 @@ def i2f_lower_bound(
         max_products: limit of the search, in products with JJᵀ.
 
     Returns:
-        LowerBound. Lanczos finds λ_max from below: the value exceeds the bound by a relative
-        `error`/`lambda_max` at most, and by the square of that where λ_max stands apart.
+        LowerBound. Lanczos finds λ_max from below, so the value is too large, if anything: by a
+        relative `error`/`lambda_max`, provided that the eigenvalue found is the largest, as it is
+        from almost every start; and by about the square of that where λ_max stands apart.
 
     Raises:
         ValueError: a δ that does not fit or is not finite, or a bad damping.
@@ -162,8 +166,8 @@ def perturbation_upper_bound(
 ) -> Tensor:
     """I_ε(δ) <= ‖δ‖ max σ/(σ² + ε) over σ_min <= σ <= σ_max.
 
-    The maximum lies at σ = √ε: without knowledge of J it is ‖δ‖/(2√ε), and without damping it is
-    ‖δ‖/σ_min.
+    The maximum lies at the σ of that range nearest to √ε: without knowledge of J it is ‖δ‖/(2√ε),
+    and without damping ‖δ‖/σ_min.
 
     Args:
         perturbation_norm: ‖δ‖, (victims, ...).
@@ -191,7 +195,8 @@ def perturbation_upper_bound(
     worst = torch.full_like(low, math.sqrt(damping)).clamp(low, high)
     # σ/(σ² + ε) written so that neither a tiny nor a huge σ² leaves the range of floats
     factor = 1 / (worst + damping / worst) if damping else 1 / worst
-    return perturbation_norm * _column(factor, perturbation_norm)
+    factor = _column(factor, perturbation_norm)
+    return (perturbation_norm * factor).where(factor.isfinite(), torch.inf)
 
 
 def expected_lower_bound(
@@ -210,7 +215,7 @@ def expected_lower_bound(
         (victims,), in the unit of the input.
 
     Raises:
-        ValueError: a damping that is negative or not finite.
+        ValueError: a standard deviation or damping that is negative or not finite.
 
     With J = [[2, 1], [1, 2]]: tr JJᵀ = 10 and λ_max = 9.
 
@@ -218,7 +223,8 @@ def expected_lower_bound(
     >>> round(expected_lower_bound(ten, nine, std=1.0).item(), 4)  # √10/9
     0.3514
     """
-    return _quotient(std * trace.sqrt(), lambda_max, damping)
+    s = checked_std(std, victims=len(trace), device=trace.device)
+    return _quotient(s * trace.sqrt(), lambda_max, damping)
 
 
 def perturbation_norm(operator: InfluenceOperator, perturbation: Mapping[str, Tensor]) -> Tensor:

@@ -40,8 +40,7 @@ def absolute_damping(
     >>> absolute_damping([0.1, 1.0], lambda_max=torch.tensor([9.0]), victims=1, device="cpu")
     tensor([[0.9000, 9.0000]], dtype=torch.float64)
     """
-    several = isinstance(damping, Sequence | Tensor)
-    values = torch.as_tensor(damping if several else [damping], dtype=torch.float64, device=device)
+    values = torch.atleast_1d(torch.as_tensor(damping, dtype=torch.float64, device=device))
     if values.ndim != 1 or not len(values) or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(
             f"expected a damping >= 0, or a list of them, got {damping}; 0 is the undamped I²F, "

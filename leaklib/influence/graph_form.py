@@ -89,7 +89,7 @@ def retained_graph(objective: Objective, x: Tensor, y: Tensor) -> RetainedGraph:
 
 
 def gradient(objective: Objective, x: Tensor, y: Tensor) -> Parameters:
-    """g = ∇θ L of one victim. Cost: one gradient evaluation."""
+    """Gradient g = ∇θ L of one victim, without any graph. Cost: one gradient evaluation."""
     params = {n: p.detach().requires_grad_() for n, p in objective.params.items()}
     with torch.enable_grad():
         value = objective.value(params, x.detach(), y)

@@ -82,7 +82,7 @@ def explained_failures() -> Iterator[None]:
         yield
     except RuntimeError as error:  # NotImplementedError is one too
         text = str(error)
-        if "vmap" in text or "functorch" in text or "Batching rule" in text:
+        if any(word in text for word in ("vmap", "functorch", "torch.func", "Batching rule")):
             raise RuntimeError(
                 "expected a network that torch.func can transform, got an operation that it "
                 f"cannot; pass form='graph' to influence_operator. torch says: {text}"

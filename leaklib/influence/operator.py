@@ -96,10 +96,9 @@ class InfluenceOperator:
         Raises:
             ValueError: no victim is left.
         """
-        index = torch.arange(self.victims)[rows].reshape(-1)
+        index = torch.arange(self.victims, device=self.device)[rows].reshape(-1)
         if not len(index):
             raise ValueError(f"expected some of {self.victims} victims, got {rows}; name one")
-        index = index.to(self.device)
         return replace(self, inputs=self.inputs[index], labels=self.labels[index], _kept={})
 
     @full_float32()

@@ -173,7 +173,8 @@ def singular_directions(
 ) -> dict[str, Tensor]:
     """Right singular vectors v_i = Jᵀu_i / σ_i: gradient perturbations of norm 1.
 
-    Along v_i the predicted error of the input is u_i/σ_i: the larger i, the more it protects.
+    Along v_i the predicted error of the input is u_i/σ_i, undamped: the larger i, the more it
+    protects.
 
     Cost: one product Jᵀu per index, in float64.
 

@@ -32,8 +32,8 @@ def correlation_table(
 
     Args:
         rows: One row per attack; rows with a missing number are left out.
-        predictors: Columns that predict; positive.
-        outcome: Column to be predicted; positive.
+        predictors: Columns that predict; positive and finite.
+        outcome: Column to be predicted; positive and finite.
         level: Column of the level, e.g. the noise variance.
         cluster: Column that names the picture.
         resamples: Draws of the bootstrap.
@@ -46,8 +46,8 @@ def correlation_table(
         correlation: NaN, or the mean of the levels where it is defined.
 
     Raises:
-        ValueError: An unknown column, a value that is not positive, fewer than three clusters or a
-            confidence out of range.
+        ValueError: An unknown column, a value that is not positive and finite, fewer than three
+            clusters or a confidence out of range.
 
     A prediction that is right up to a factor orders every level:
 
@@ -64,8 +64,12 @@ def correlation_table(
     if missing := [name for name in needed if name not in rows.columns]:
         raise ValueError(f"expected the columns {needed}, got none called {missing}")
     rows = rows.dropna(subset=needed)
-    if bad := [name for name in [*predictors, outcome] if not (rows[name] > 0).all()]:
-        raise ValueError(f"expected positive values for logarithms, got others in {bad}")
+    usable = rows[[*predictors, outcome]].apply(lambda c: c.between(0, np.inf, "neither").all())
+    if bad := list(usable.index[~usable]):
+        raise ValueError(
+            f"expected positive, finite values for logarithms, got others in {bad}; leave out or "
+            "clip what diverged"
+        )
     names, of_row = np.unique(rows[cluster].to_numpy(), return_inverse=True)
     if len(names) < 3:
         raise ValueError(f"expected at least three clusters, got {len(names)}; attack more")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-Tokens = Sequence[Hashable]
+from torch import Tensor
+
+Tokens = Sequence[Hashable] | Tensor
 
 
 def token_accuracy(recovered: Tokens, true: Tokens) -> float:
@@ -29,7 +31,8 @@ def token_accuracy(recovered: Tokens, true: Tokens) -> float:
             f"expected two sentences of one length >= 1, got {len(recovered)} and {len(true)} "
             "tokens; compare sentences of different lengths by rouge_1 or rouge_l"
         )
-    return sum(a == b for a, b in zip(recovered, true, strict=True)) / len(true)
+    pairs = zip(_listed(recovered), _listed(true), strict=True)
+    return sum(a == b for a, b in pairs) / len(true)
 
 
 def rouge_1(recovered: Tokens, true: Tokens) -> float:
@@ -48,7 +51,7 @@ def rouge_1(recovered: Tokens, true: Tokens) -> float:
     >>> rouge_1("sat the cat".split(), "the cat sat down here".split())
     0.75
     """
-    overlap = Counter(recovered) & Counter(true)
+    overlap = Counter(_listed(recovered)) & Counter(_listed(true))
     return _f1(overlap.total(), len(recovered), len(true))
 
 
@@ -68,13 +71,19 @@ def rouge_l(recovered: Tokens, true: Tokens) -> float:
     0.5
     """
     best = [0] * (len(true) + 1)  # LCS of what was read of `recovered` with each prefix of `true`
-    for token in recovered:
+    words = _listed(true)
+    for token in _listed(recovered):
         diagonal = 0
-        for j, other in enumerate(true, start=1):
+        for j, other in enumerate(words, start=1):
             above = best[j]
             best[j] = diagonal + 1 if token == other else max(above, best[j - 1])
             diagonal = above
     return _f1(best[-1], len(recovered), len(true))
+
+
+def _listed(tokens: Tokens) -> list[Hashable]:
+    """Tokens that compare by value: the entries of a tensor hash by identity."""
+    return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
 
 
 def _f1(overlap: int, recovered: int, true: int) -> float:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from leaklib.attacks import nearest_tokens
+from leaklib.data import load_sentences
 
 
 def table(words=30, dim=6, seed=0):
@@ -34,7 +35,10 @@ def test_embedded_tokens_come_back():
 def test_diverged_positions_are_no_word():
     embeddings = table()[torch.tensor([3, 4, 5])].clone()
     embeddings[0, 1], embeddings[2, 0] = torch.nan, torch.inf
-    assert nearest_tokens(embeddings, table()).tolist() == [-1, 4, -1]
+    found = nearest_tokens(embeddings, table())
+    assert found.tolist() == [-1, 4, -1]
+    assert nearest_tokens(embeddings[1], table()).item() == 4
+    assert load_sentences(count=1).words(found)[::2] == ["<lost>", "<lost>"]
 
 
 def test_a_zero_word_is_near_by_distance_and_has_no_direction():

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import case, dense_jacobian
-from dense_operator import (
+from hypothesis import given
+from hypothesis import strategies as st
+from influence.cases import case, dense_jacobian
+from influence.dense_operator import (
     PROPERTY,
     DenseOperator,
     operators,
     random_operator,
     random_perturbation,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from leaklib.influence.bounds import (
     expected_lower_bound,
@@ -176,7 +176,7 @@ def test_void_bounds_are_infinite_and_said():
     with pytest.warns(RankWarning, match="leaves no trace"):
         assert upper_bound(one, zero).flatten().tolist() == [1, math.inf]
     assert upper_bound(one, zero, damping=0.5).flatten().tolist() == pytest.approx([2 / 3, 2])
-    assert perturbation_upper_bound(one).isinf().all()
+    assert perturbation_upper_bound(torch.tensor([[1.0], [0.0]])).isinf().all()
     assert perturbation_upper_bound(one, damping=1.0, sigma_max=0.0).flatten().tolist() == [0, 0]
 
 
@@ -206,6 +206,8 @@ def test_refuses():
             lower_bound(one, one[0], damping=wrong)
         with pytest.raises(ValueError, match="finite damping >= 0"):
             perturbation_upper_bound(one, damping=wrong)
+        with pytest.raises(ValueError, match="standard deviation"):
+            expected_lower_bound(one[0], one[0], std=wrong)
     with pytest.raises(ValueError, match="sigma_min <= sigma_max"):
         perturbation_upper_bound(one, sigma_min=2.0, sigma_max=1.0)
     operator = random_operator(0)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from dense_operator import PROPERTY, DenseOperator, operators, random_operator
 from hypothesis import given
 from hypothesis import strategies as st
+from influence.dense_operator import PROPERTY, DenseOperator, operators, random_operator
 
 from leaklib.influence.checks import RankWarning
 from leaklib.influence.expectation import (
@@ -210,6 +210,8 @@ def test_refuses():
         ):
             with pytest.raises(ValueError, match="standard deviation or scale >= 0"):
                 call(wrong)
+    with pytest.raises(ValueError, match="expected one damping, got 2"):
+        expected_square(found, std=1.0, damping=[0.1, 1.0])
     with pytest.raises(ValueError, match="one number or 2 of them"):
         expected_square(found, std=torch.ones(3))
     with pytest.raises(ValueError, match="draws >= 1"):

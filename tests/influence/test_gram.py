@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from influence.cases import DTYPE, NAMES, case, dense_jacobian
 from influence.gram_checks import (
+    jacobian_of,
     operator_of,
     random_directions,
     relative_error,
@@ -66,6 +68,15 @@ def test_sum_reduction_of_a_batch():
     jac = dense_jacobian(one, reduction="sum")
     operator = influence_operator(*one.arguments, reduction="sum")
     assert relative_error(gram_matrix(operator), jac @ jac.mT) < 1e-12
+
+
+def test_the_squared_loss_of_torch_goes_by_activations():
+    one = case("mlp")
+    targets = one.inputs.flatten(2)[..., :4]
+    operator = influence_operator(one.model, one.inputs, targets, loss=F.mse_loss)
+    pairs = zip(one.inputs, targets, strict=True)
+    jac = torch.stack([jacobian_of(one.model, x, y, F.mse_loss) for x, y in pairs])
+    assert relative_error(gram_matrix(operator, method="ghost"), jac @ jac.mT) < 1e-12
 
 
 @pytest.mark.parametrize("layers", [["1.weight"], ["1.bias"], ["3"]])

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import case, dense_jacobian
-from dense_operator import (
+from hypothesis import given
+from hypothesis import strategies as st
+from influence.cases import case, dense_jacobian
+from influence.dense_operator import (
     PROPERTY,
     DenseOperator,
     operators,
     random_operator,
     random_perturbation,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from leaklib.influence.checks import RankWarning
 from leaklib.influence.damping import ConvergenceWarning
@@ -149,7 +149,7 @@ def test_entries_untouched_by_hidden_directions_stay_exact():
 
 
 def test_paper_and_pencil():
-    """J = [[2, 1], [1, 2]], δ = (1, 0): J⁻¹δ = (2, −1)/3; with ε = 1, (13, 4)/42 · ..., by hand."""
+    """J = [[2, 1], [1, 2]], δ = (1, 0): J⁻¹δ = (2, −1)/3; with ε = 1, (8, −2)/20."""
     jacobian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]], dtype=torch.float64)
     operator = DenseOperator(jacobian)
     delta = {"theta": torch.tensor([[1.0, 0.0]], dtype=torch.float64)}
@@ -247,3 +247,16 @@ def test_float32_operator():
     assert exact.vector.dtype == torch.float64
     assert iterated.vector.dtype == torch.float32
     torch.testing.assert_close(iterated.norm, exact.norm, rtol=1e-3, atol=0)
+
+
+def test_fewer_equations_than_unknowns_are_infinite_without_a_spectrum_too():
+    model = torch.nn.Linear(6, 3).double()
+    x = torch.rand(2, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.warns(RankWarning):
+        operator = influence_operator(model, x, torch.zeros(2, 1, dtype=torch.int64), layers=["bias"])
+    with pytest.warns(ConvergenceWarning):
+        answer = i2f(operator, {"bias": torch.ones(2, 3, dtype=torch.float64)}, damping=[0.0, 1.0])
+    assert answer.norm[..., 0].isinf().all()
+    assert not answer.converged[..., 0].any()
+    assert answer.norm[..., 1].isfinite().all()
+    assert answer.converged[..., 1].all()

@@ -200,3 +200,17 @@ def test_refusals(change, message):
 def test_zero_start():
     with pytest.raises(ValueError, match="nonzero"):
         lanczos(lambda u: u, torch.zeros(1, 1, 3), max_steps=2, dtype=F64)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-7])
+def test_rounding_of_the_products_enters_the_error(noise):
+    """Products off by a share of their norm: no refusal, and no error below what was seen."""
+    K, _ = symmetric(np.geomspace(1e-3, 3, 60)[None])
+    rough = K + noise * randn(1, 60, 60, seed=5) / 60**0.5
+    found = extreme_eigenvalues(
+        lambda u: u @ rough.mT, victims=1, d=60, dtype=F64,
+        generator=torch.Generator().manual_seed(0), max_products=40,
+    )  # fmt: skip
+    assert bool(found.converged) is (noise < 1e-4)
+    assert abs(float(found.largest) - 3) <= 10 * max(noise, float(found.largest_error))
+    assert float(found.largest_error) >= 0.1 * noise

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import case, dense_jacobian
-from dense_operator import PROPERTY, DenseOperator, operators, random_operator
 from hypothesis import given
 from hypothesis import strategies as st
+from influence.cases import case, dense_jacobian
+from influence.dense_operator import PROPERTY, DenseOperator, operators, random_operator
 
 from leaklib.influence.checks import RankWarning
 from leaklib.influence.damping import resolvent
@@ -165,6 +165,7 @@ def test_resolvent_says_what_rounding_hides():
         inverse, eps = resolvent(found, [0.0, 1e-30, 0.5], None)
     assert eps.tolist() == [[0.0, 1e-30, 0.5]] * 2
     assert inverse.isinf().sum((0, 2)).tolist() == [4, 4, 0]
+    assert resolvent(found, torch.tensor(0.5), None)[1].tolist() == [[0.5]] * 2
     inverse, eps = resolvent(found, 0.5, "lambda_max")
     torch.testing.assert_close(eps[:, 0], 0.5 * found.largest)
     torch.testing.assert_close(inverse[:, 0], 1 / (found.eigenvalues + eps))
