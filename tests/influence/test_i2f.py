@@ -252,10 +252,11 @@ def test_float32_operator():
 def test_fewer_equations_than_unknowns_are_infinite_without_a_spectrum_too():
     model = torch.nn.Linear(6, 3).double()
     x = torch.rand(2, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, delta = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 3, dtype=torch.float64)
     with pytest.warns(RankWarning):
-        operator = influence_operator(model, x, torch.zeros(2, 1, dtype=torch.int64), layers=["bias"])
+        operator = influence_operator(model, x, labels, layers=["bias"])
     with pytest.warns(ConvergenceWarning):
-        answer = i2f(operator, {"bias": torch.ones(2, 3, dtype=torch.float64)}, damping=[0.0, 1.0])
+        answer = i2f(operator, {"bias": delta}, damping=[0.0, 1.0])
     assert answer.norm[..., 0].isinf().all()
     assert not answer.converged[..., 0].any()
     assert answer.norm[..., 1].isfinite().all()

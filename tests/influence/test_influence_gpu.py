@@ -88,7 +88,6 @@ def test_solves(name):
     here, there = both_of(name)
     delta, whole = noise_for(here), spectrum(here)
     damping = [0.01 * float(whole.largest.max()), 1.0]
-    # a tolerance that rounding reaches, but not by much
     settings = {"damping": damping, "tolerance": 1e-12}
     expected = i2f(here, delta, **settings)
     found = i2f(there, moved(delta), **settings)
