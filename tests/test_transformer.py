@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from leaklib.attacks import dlg, invert_gradients, nearest_tokens
+from leaklib.attacks import AdamSettings, Matching, dlg, invert_gradients, nearest_tokens
 from leaklib.data import PrivateInputs, load_sentences
 from leaklib.gradients import share_gradient
 from leaklib.models import embedding_table, transformer
@@ -227,13 +227,15 @@ def test_unknown_next_tokens_are_a_variable_of_the_attack():
     assert torch.equal(found.labels, (private.labels + 1) % 20)
 
 
-def test_total_variation_of_embeddings_is_refused():
+def test_what_is_for_pixels_is_refused_for_embeddings():
     model, _, _, private = language_model()
+    known = {"image_shape": (5, 8), "labels": private.labels, "generator": torch.Generator()}
+    shared, free = share_gradient(model, private), AdamSettings(steps=1, box=None)
     with pytest.raises(ValueError, match="tv_weight=0"):
-        invert_gradients(
-            model, share_gradient(model, private), image_shape=(5, 8), labels=private.labels,
-            generator=torch.Generator(),
-        )  # fmt: skip
+        invert_gradients(model, shared, optimiser=free, **known)
+    with pytest.raises(ValueError, match="box=None"):
+        invert_gradients(model, shared, matching=Matching("cosine"), **known)
+    invert_gradients(model, shared, matching=Matching("cosine"), optimiser=free, **known)
 
 
 def test_private_inputs_are_checked():

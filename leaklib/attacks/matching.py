@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from leaklib.attacks import adam, lbfgs
 from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
 from leaklib.attacks.labels import check_last_layer, last_layer, recover_label, recover_labels
-from leaklib.attacks.problem import Matching, Problem, Variables, matching_problem
+from leaklib.attacks.problem import Matching, Problem, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
+from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient
-
-STARTS = ("normal", "uniform", "grey")
 
 
 def dlg(
@@ -141,7 +140,7 @@ def invert_gradients(
         labels: (victims, batch, ...); None recovers them from the last layer first.
         matching: distance, masks and priors; None is cosine with TV weight 1e-4.
         optimiser: learning rate, signs, decay, box and stopping; None is the default of
-            `AdamSettings`, whose box is that of images.
+            `AdamSettings`, whose box is that of pixels; other inputs need box=None.
         max_evaluations: budget of each victim and restart; None is the planned number of steps.
         restarts: independent starts per victim; the lowest objective is returned.
         start: "normal", "uniform", "grey", or {"images": ...} with a leading
@@ -158,6 +157,11 @@ def invert_gradients(
     matching = matching or Matching("cosine", tv_weight=1e-4)
     optimiser = optimiser or adam.AdamSettings()
     run = run or RunSettings()
+    if optimiser.box is not None and len(image_shape) != 3:
+        raise ValueError(
+            f"expected no pixel box for inputs of shape {image_shape}, got {optimiser.box}; pass "
+            "optimiser=AdamSettings(box=None)"
+        )
     if labels is None:
         check_last_layer(model, shared)
         labels = recover_labels(shared)
@@ -206,7 +210,7 @@ def _prepare(
         model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
         matching=matching, restarts=restarts, loss=loss, label_shape=label_shape,
     )  # fmt: skip
-    x = problem.pack(_start(problem.shapes, shared, restarts, start, generator))
+    x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
     facts = {
         "matching": str(matching), "restarts": restarts, "image_shape": str(image_shape),
@@ -232,37 +236,6 @@ def _checked_labels(labels: Tensor, model: nn.Module, shared: SharedGradient) ->
     if classes is not None and bool((labels >= classes).any()):
         raise ValueError(f"expected labels below {classes}, got {int(labels.max())}")
     return labels.to(shared.device)
-
-
-def _start(
-    shapes: Mapping[str, tuple[int, ...]],
-    shared: SharedGradient,
-    restarts: int,
-    start: str | Mapping[str, Tensor],
-    generator: torch.Generator,
-) -> Variables:
-    """Starting variables (victims * restarts, ...), drawn row by row."""
-    rows = shared.victims * restarts
-    if not isinstance(start, str):
-        for name, shape in shapes.items():
-            got = tuple(start[name].shape) if name in start else None
-            if got != (rows, *shape):
-                raise ValueError(f"expected start[{name!r}] of shape {(rows, *shape)}, got {got}")
-        return {n: start[n].to(shared.device, shared.dtype) for n in shapes}
-    if start not in STARTS:
-        raise ValueError(f"expected start among {', '.join(STARTS)}, got {start!r}")
-
-    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name == "label_logits" or start == "normal":
-            return torch.randn(shape, generator=generator, device=generator.device)
-        if start == "uniform":
-            return torch.rand(shape, generator=generator, device=generator.device)
-        return torch.full(shape, 0.5)
-
-    drawn = [{name: draw(name, shape) for name, shape in shapes.items()} for _ in range(rows)]
-    return {
-        n: torch.stack([row[n] for row in drawn]).to(shared.device, shared.dtype) for n in shapes
-    }
 
 
 def _try_once(problem: Problem, x: Tensor) -> None:
