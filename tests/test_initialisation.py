@@ -29,8 +29,9 @@ def by_hand(init):
             }
             if init == "default":
                 drawn.append((layer.weight.detach(), layer.bias.detach()))
-            elif init == "normal":
-                new = [torch.randn(t.shape) * 0.5 for t in (layer.weight, layer.bias)]
+            elif init in ("normal", "tiny"):
+                std = 0.5 if init == "normal" else 0.01
+                new = [torch.randn(t.shape) * std for t in (layer.weight, layer.bias)]
                 drawn.append(tuple(new))
             else:
                 weight = torch.empty(layer.weight.shape).uniform_(-bound[init], bound[init])

@@ -78,7 +78,7 @@ def test_layer_shapes():
 def test_the_smallest_images():
     for name in available_models():
         smallest = 9 if name == "convnet" else 1
-        model = build(name, input_shape=(3, smallest, smallest))
+        model = build(name, input_shape=(3, smallest, smallest), classes=10)
         assert model(torch.rand(2, 3, smallest, smallest)).shape == (2, 10)
     with pytest.raises(ValueError, match=r"convnet.*8x32.*9x9.*\(3, 9, 9\)"):
         build("convnet", input_shape=(3, 8, 32))
@@ -114,7 +114,10 @@ def test_constants_of_the_papers():
 
 def test_listing():
     models = available_models()
-    assert list(models) == ["lenet", "lenet4", "linear", "mlp", "convnet", "resnet18"]
+    assert list(models) == [
+        "lenet", "lenet4", "linear", "mlp", "convnet", "resnet18",
+        "cnn6", "cnn6-d", "fcn3", "lenet-rgap", "chain", "resnet-small",
+    ]  # fmt: skip
     assert models["lenet"].startswith("DLG's LeNet: three 5x5 convolutions")
     assert all("\n" not in line and len(line) < 100 for line in models.values())
 
@@ -132,6 +135,9 @@ def test_registering_a_network(monkeypatch):
     model = build("two", input_shape=(1, 2, 2), units=5, normalisation=((0.5,), (0.5,)))
     assert [n for n, _ in model.named_children()] == ["normalise", "0", "1", "2", "3"]
     assert parameter_count(model) == 4 * 5 + 5 + 5 * 10 + 10
+    register("binary two", activation="tanh", classes=1)(two)
+    assert build("binary two").get_submodule("3").out_features == 1
+    assert build("binary two", classes=4).get_submodule("3").out_features == 4
     with pytest.raises(ValueError, match="'two' is already registered"):
         register("two", activation=None)
     register("bare", activation=None)(lambda shape, classes: nn.Linear(3, classes))
@@ -144,7 +150,7 @@ def test_registering_a_network(monkeypatch):
     [
         ({"name": "vgg"}, "unknown model 'vgg': choose one of lenet, lenet4"),
         ({"activation": "swish"}, "unknown activation 'swish'.*sigmoid, tanh"),
-        ({"init": "zero"}, "unknown initialisation 'zero'.*kaiming, xavier"),
+        ({"init": "zero"}, "unknown initialisation 'zero'.*kaiming, xavier, tiny"),
         ({"normalisation": "imagenet"}, "unknown normalisation 'imagenet'.*mnist"),
         ({"normalisation": "mnist", "width": 3}, "'lenet' has no option width; its options: norm"),
         ({"name": "mlp", "depth": 3, "wide": 1}, "no option depth, wide.*hidden, bias"),

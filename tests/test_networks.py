@@ -16,6 +16,7 @@ FUNCTIONS = {
     "tanh": torch.tanh,
     "relu": torch.relu,
     "leaky_relu": lambda z: torch.where(z > 0, z, 0.01 * z),
+    "leaky_relu_0.2": lambda z: torch.where(z > 0, z, 0.2 * z),
     "elu": lambda z: torch.where(z > 0, z, torch.expm1(z.clamp(max=0))),
     "softplus": lambda z: torch.logaddexp(z, torch.zeros_like(z)),
     "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
@@ -123,6 +124,8 @@ TINY = [
     ("convnet", {"width": 2}),
     ("convnet", {"width": 2, "norm": "group"}),
     ("convnet", {"width": 2, "norm": "none"}),
+    ("chain", {"layers": ((2, 3, 1, 1), (3, 4, 2, 1))}),
+    ("resnet-small", {"width": 2, "halve": (2,)}),
 ]
 CASES = [
     ("linear", {}, None),

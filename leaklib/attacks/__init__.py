@@ -7,12 +7,15 @@ from leaklib.attacks.labels import expected_probabilities, recover_label, recove
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
 from leaklib.attacks.problem import Matching
 from leaklib.attacks.reconstruction import Reconstruction
+from leaklib.attacks.recursive import LayerReport, RecursiveReconstruction, rgap
 from leaklib.attacks.tokens import nearest_tokens
 
 __all__ = [
     "AdamSettings",
+    "LayerReport",
     "Matching",
     "Reconstruction",
+    "RecursiveReconstruction",
     "RunSettings",
     "analytic",
     "dlg",
@@ -23,4 +26,5 @@ __all__ = [
     "nearest_tokens",
     "recover_label",
     "recover_labels",
+    "rgap",
 ]

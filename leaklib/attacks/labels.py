@@ -57,14 +57,19 @@ def recover_label(shared: SharedGradient) -> Tensor:
         Labels (victims, 1).
 
     Raises:
-        ValueError: batch > 1 (use `recover_labels`), no last layer was shared, or two classes
-            without a bias.
+        ValueError: batch > 1 (use `recover_labels`), no last layer was shared, one logit, or two
+            classes without a bias.
     """
     if shared.batch != 1:
         raise ValueError(
             f"expected batch 1, got {shared.batch}; use dlg(labels=recover_labels(shared), ...)"
         )
     weight, bias = last_layer(shared)
+    if shared.tensors[weight].shape[1] == 1:
+        raise ValueError(
+            "expected at least two logits to read the label off, got one; give the labels, or use "
+            "the recursive attack (leaklib.attacks.rgap), which finds them"
+        )
     if bias is not None:
         return shared.tensors[bias].argmin(dim=1, keepdim=True)
     rows = shared.tensors[weight]

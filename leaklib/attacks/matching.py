@@ -203,7 +203,7 @@ def _prepare(
         )
     if labels is None and classes is None:
         check_last_layer(model, shared)
-        classes = shared.tensors[last_layer(shared)[0]].shape[1]
+        classes = max(2, shared.tensors[last_layer(shared)[0]].shape[1])  # a logit parts two
     if labels is not None:
         labels = _checked_labels(labels, model, shared)
     problem = matching_problem(
@@ -230,7 +230,7 @@ def _prepare(
 def _checked_labels(labels: Tensor, model: nn.Module, shared: SharedGradient) -> Tensor:
     """Labels on the payload's device, in the range of the classes."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    classes = len(matrices[-1]) if matrices else None
+    classes = max(2, len(matrices[-1])) if matrices else None  # one logit parts two
     if labels.is_floating_point() or bool((labels < 0).any()):
         raise ValueError(f"expected integer labels >= 0, got {labels.flatten()[:5].tolist()} ...")
     if classes is not None and bool((labels >= classes).any()):

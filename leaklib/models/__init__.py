@@ -8,10 +8,12 @@ from leaklib.models.registry import (
     parameter_count,
     register,
 )
+from leaklib.models.residual import ResidualBlock
 from leaklib.models.transformer import embedding_table, transformer
 
 __all__ = [
     "Normalise",
+    "ResidualBlock",
     "available_models",
     "build",
     "embedding_table",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -23,17 +24,24 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
+    "leaky_relu_0.2": partial(nn.LeakyReLU, 0.2),
     "elu": nn.ELU,
     "softplus": nn.Softplus,
     "gelu": nn.GELU,
     "identity": nn.Identity,
 }
 
-INITIALISATIONS = ("default", "uniform", "normal", "kaiming", "xavier")
+INITIALISATIONS = ("default", "uniform", "normal", "kaiming", "xavier", "tiny")
+
+# standard deviations of the initialisations that draw weight and bias from one normal law
+_NORMAL_STD = {"normal": 0.5, "tiny": 0.01}
 
 
 def activation_by_name(name: str) -> Activation:
-    """The class of the activation called `name`, with PyTorch's default parameters.
+    """The maker of the activation called `name`.
+
+    Parameters are PyTorch's defaults, but for a slope in the name: "leaky_relu_0.2" is R-GAP's,
+    "leaky_relu" has slope 0.01.
 
     Raises:
         ValueError: the name is unknown; the known ones are listed.
@@ -66,6 +74,7 @@ def initialise_(model: nn.Module, init: str, *, generator: torch.Generator) -> n
         normal    w, b ~ N(0, 0.5²)
         kaiming   w ~ U(±√(3/fan_in)), that is Kaiming with the sigmoid's gain 1; b ~ U(±0.5)
         xavier    w ~ U(±√(6/(fan_in + fan_out))); b ~ U(±0.5)
+        tiny      w, b ~ N(0, 0.01²), R-GAP's study of noise
 
     Normalisation layers keep their parameters. I²F's released code applies its `normal` rule twice
     to the weight and never to the bias; here the bias gets it, as its branch for the bias suggests.
@@ -82,8 +91,8 @@ def initialise_(model: nn.Module, init: str, *, generator: torch.Generator) -> n
     Raises:
         ValueError: unknown `init`.
 
-    Source: released code of DLG (arXiv 1906.08935) for `uniform`, and of I²F (arXiv 2309.13016),
-    its study of initialisation, for the rest.
+    Source: released code of DLG (arXiv 1906.08935) for `uniform`, of R-GAP (arXiv 2010.07733) for
+    `tiny`, and of I²F (arXiv 2309.13016), its study of initialisation, for the rest.
     """
     check_initialisation(init)
     for module in model.modules():
@@ -99,8 +108,8 @@ def _draw_weight(weight: Tensor, init: str, generator: torch.Generator) -> None:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     elif init == "uniform":
         weight.uniform_(-0.5, 0.5, generator=generator)
-    elif init == "normal":
-        weight.normal_(0.0, 0.5, generator=generator)
+    elif init in _NORMAL_STD:
+        weight.normal_(0.0, _NORMAL_STD[init], generator=generator)
     elif init == "kaiming":
         nn.init.kaiming_uniform_(weight, nonlinearity="sigmoid", generator=generator)
     else:
@@ -108,8 +117,8 @@ def _draw_weight(weight: Tensor, init: str, generator: torch.Generator) -> None:
 
 
 def _draw_bias(bias: Tensor, weight: Tensor, init: str, generator: torch.Generator) -> None:
-    if init == "normal":
-        bias.normal_(0.0, 0.5, generator=generator)
+    if init in _NORMAL_STD:
+        bias.normal_(0.0, _NORMAL_STD[init], generator=generator)
         return
     bound = 1 / math.sqrt(weight[0].numel()) if init == "default" else 0.5
     bias.uniform_(-bound, bound, generator=generator)

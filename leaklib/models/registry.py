@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leaklib.models import networks
+from leaklib.models import chains, networks, residual
 from leaklib.models.initialisation import activation_by_name, check_initialisation, initialise_
 from leaklib.seeding import global_seed
 
@@ -41,6 +41,7 @@ class _Entry:
     builder: Builder
     activation: str | None
     smallest: int
+    classes: int
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ _REGISTRY: dict[str, _Entry] = {}
 
 
 def register(
-    name: str, *, activation: str | None, smallest: int = 1
+    name: str, *, activation: str | None, smallest: int = 1, classes: int = 10
 ) -> Callable[[BuilderT], BuilderT]:
     """Make a network known to `build` under `name`.
 
@@ -65,6 +66,7 @@ def register(
         name: what users type.
         activation: name of the default activation; None for a network without one.
         smallest: smallest height and width of an image, in pixels.
+        classes: number of outputs where the user gives none.
 
     Returns:
         A decorator that gives the builder back unchanged.
@@ -76,7 +78,7 @@ def register(
         raise ValueError(f"a model named {name!r} is already registered: choose another name")
 
     def add(builder: BuilderT) -> BuilderT:
-        _REGISTRY[name] = _Entry(builder, activation, smallest)
+        _REGISTRY[name] = _Entry(builder, activation, smallest, classes)
         return builder
 
     return add
@@ -88,6 +90,13 @@ register("linear", activation=None)(networks.linear)
 register("mlp", activation="relu")(networks.mlp)
 register("convnet", activation="relu", smallest=9)(networks.convnet)
 register("resnet18", activation="relu")(networks.resnet18)
+# R-GAP's binary networks: one logit
+register("cnn6", activation="leaky_relu_0.2", classes=1)(chains.cnn6)
+register("cnn6-d", activation="leaky_relu_0.2", classes=1)(chains.cnn6_d)
+register("fcn3", activation="leaky_relu_0.2", classes=1)(chains.fcn3)
+register("lenet-rgap", activation="sigmoid", classes=1)(chains.lenet_rgap)
+register("chain", activation="leaky_relu_0.2")(chains.chain)
+register("resnet-small", activation="leaky_relu_0.2")(residual.resnet_small)
 
 
 def available_models() -> dict[str, str]:
@@ -107,6 +116,8 @@ def parameter_count(model: nn.Module) -> int:
 
     >>> parameter_count(build("lenet", classes=100))
     85036
+    >>> parameter_count(build("cnn6"))  # one logit unless told otherwise
+    125456
     """
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -132,7 +143,7 @@ def build(
     name: str,
     *,
     input_shape: tuple[int, int, int] = (3, 32, 32),
-    classes: int = 10,
+    classes: int | None = None,
     activation: str | None = None,
     init: str = "default",
     normalisation: str | Constants | None = None,
@@ -148,11 +159,12 @@ def build(
     Args:
         name: one of `available_models()`.
         input_shape: channels, height, width of one image.
-        classes: number of outputs.
-        activation: sigmoid, tanh, relu, leaky_relu, elu, softplus, gelu or identity;
-            None takes the network's own.
+        classes: number of outputs; None takes the network's own, 10, or 1 for the binary networks
+            of R-GAP.
+        activation: sigmoid, tanh, relu, leaky_relu, leaky_relu_0.2, elu, softplus, gelu or
+            identity; None takes the network's own.
         init: default (the network's own: PyTorch's layer by layer, torchvision's for resnet18),
-            uniform, normal, kaiming or xavier; see `initialisation.initialise_`.
+            uniform, normal, kaiming, xavier or tiny; see `initialisation.initialise_`.
         normalisation: None, "mnist", "cifar10" (I²F's constants), "cifar10-precode" (PRECODE's),
             or (mean, std) with one value for all channels or one per channel.
         seed: of the weights.
@@ -166,6 +178,7 @@ def build(
             listed), an input smaller than the network allows, or constants that do not fit.
     """
     entry = _look_up(name)
+    classes = entry.classes if classes is None else classes
     _check_shape(name, entry, input_shape, classes)
     check_initialisation(init)
     unknown = sorted(set(options) - set(entry.options))

@@ -4,6 +4,7 @@ from conftest import random_victims, small_lenet, small_mlp
 
 from leaklib.attacks import expected_probabilities, recover_label, recover_labels
 from leaklib.gradients import FedAvg, share_gradient
+from leaklib.margin_losses import LOGISTIC
 from leaklib.models import build
 
 
@@ -54,3 +55,12 @@ def test_what_cannot_be_told_is_refused():
     two = small_mlp(bias=False, classes=2)
     with pytest.raises(ValueError, match="3 classes"):
         recover_label(share_gradient(two, random_victims(classes=2)))
+
+
+def test_one_logit_is_refused():
+    """Its bias gradient has one entry, whose place says nothing."""
+    model = build("mlp", input_shape=(1, 8, 8), hidden=(12,), classes=1, seed=4).double()
+    victims = random_victims(classes=2)
+    shared = share_gradient(model, victims, loss=LOGISTIC)
+    with pytest.raises(ValueError, match="two logits.*rgap"):
+        recover_label(shared)

@@ -13,7 +13,9 @@ from leaklib.attacks import (
 )
 from leaklib.attacks.reconstruction import choose_restart
 from leaklib.gradients import share_gradient
+from leaklib.margin_losses import LOGISTIC
 from leaklib.metrics import psnr_db
+from leaklib.models import build
 
 SHAPE = (1, 8, 8)
 
@@ -43,6 +45,25 @@ def test_idlg_recovers_with_fewer_unknowns():
     assert float(psnr_db(found.images, victims.images).min()) > 40
     with pytest.raises(TypeError, match="dlg"):
         idlg(model, shared, image_shape=SHAPE, generator=generator(), labels=victims.labels)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_dlg_on_one_logit(known):
+    """Both labels are valid although there is one output; unknown, they are found jointly."""
+    layers = ((8, 3, 2, 1), (8, 3, 1, 1))
+    settings = {"classes": 1, "activation": "sigmoid", "init": "uniform", "layers": layers}
+    model = build("chain", input_shape=SHAPE, **settings).double()
+    victims = random_victims(victims=4, classes=2)
+    assert set(victims.labels.flatten().tolist()) == {0, 1}
+    shared = share_gradient(model, victims, loss=LOGISTIC)
+    labels = victims.labels if known else None
+    found = dlg(model, shared, image_shape=SHAPE, generator=generator(), labels=labels,
+                loss=LOGISTIC, max_evaluations=300)  # fmt: skip
+    assert torch.equal(found.labels, victims.labels)
+    assert float(psnr_db(found.images, victims.images).min()) > 40
+    with pytest.raises(ValueError, match="below 2, got 2"):
+        dlg(model, shared, image_shape=SHAPE, generator=generator(), labels=victims.labels + 1,
+            loss=LOGISTIC)  # fmt: skip
 
 
 def test_inverting_gradients_recovers_inside_the_box():
