@@ -48,8 +48,11 @@ def test_the_reference_says_the_same(name, solver):
             assert layer.name == stage.name
             residual = float(layer.residual[victim])
             assert residual == pytest.approx(stage.residual, rel=1e-6, abs=1e-10), layer.name
-            if layer.rank is not None:
-                assert (layer.unknowns, layer.rank) == (stage.unknowns, stage.rank), layer.name
+            assert layer.unknowns == stage.unknowns or layer.rank is None, layer.name
+            if "relu" in name or "pool" in name:  # counting is an upper bound there
+                assert layer.rank is None or layer.rank >= stage.rank, layer.name
+            elif layer.rank is not None:
+                assert layer.rank == stage.rank, layer.name
                 assert layer.deficit == stage.rank - stage.unknowns
 
 
@@ -158,11 +161,8 @@ class TestReport:
     @pytest.mark.parametrize(
         "name",
         [
-            "short first layer", "short first layer, bias", "pooled away",
-            pytest.param(
-                "short first layer, relu",
-                marks=pytest.mark.xfail(strict=True, reason="behind a ReLU ranks are not counted"),
-            ),
+            "short first layer", "short first layer, bias", "short first layer, relu",
+            "pooled away",
         ],
     )  # fmt: skip
     def test_a_short_first_layer_is_named(self, name):

@@ -197,3 +197,8 @@ class TestSettings:
         squared = MarginLoss("squared", torch.square, lambda mu: 2 * mu, torch.ones_like)
         with pytest.raises(ValueError, match="logistic, exponential, hinge.*'squared'"):
             attack(case("leaky"), loss=squared)
+
+
+def test_the_published_solver_and_a_relu():
+    with pytest.raises(ValueError, match=r'solver="published".*ReLU.*solver="auto"'):
+        attack(case("relu"), solver="published")

@@ -78,9 +78,7 @@ def check_gradient(
                 f"{stage.activation.inverse.name}, which hides entries of what lies between its "
                 "convolutions; use LeakyReLU"
             )
-    zeros_are_natural = any(
-        isinstance(stage, ElementwiseStage) and stage.inverse.known is not None for stage in stages
-    )
+    zeros_are_natural = hides_values(stages)
     for name in weight_names(stages):
         if name not in shared.tensors:
             raise ValueError(
@@ -92,8 +90,8 @@ def check_gradient(
         if bool(dead.any()):
             raise ValueError(
                 f"expected a gradient in layer {name!r}, got zeros only for victim "
-                f"{int(dead.nonzero()[0])}: no unit was active, or it was pruned away; nothing "
-                "can be read there, leave this victim out"
+                f"{int(dead.nonzero()[0])}: no unit was active, the loss is flat there (a hinge "
+                "beyond its margin), or it was pruned away; leave this victim out"
             )
         share = _scattered_zeros(shared.tensors[name])
         if pruned == "refuse" and not zeros_are_natural and bool((share > _PRUNED_SHARE).any()):
@@ -104,6 +102,13 @@ def check_gradient(
                 "zeros are no equations; attack by matching (leaklib.attacks.dlg), or pass "
                 'pruned="keep" to take them as they are'
             )
+
+
+def hides_values(stages: tuple[Stage, ...]) -> bool:
+    """Whether an activation of the chain has outputs that do not tell their input, as a ReLU."""
+    return any(
+        isinstance(stage, ElementwiseStage) and stage.inverse.known is not None for stage in stages
+    )
 
 
 def _scattered_zeros(grad: Tensor) -> Tensor:

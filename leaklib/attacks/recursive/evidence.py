@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leaklib.attacks.last_layer import read_last_layer
-from leaklib.attacks.recursive.checks import check_gradient, head_of
-from leaklib.attacks.recursive.rows import Rows
+from leaklib.attacks.recursive.opening import open_recursion
 from leaklib.attacks.recursive.steps import StepSettings, step
-from leaklib.chain import read_chain
-from leaklib.gradients.payload import SharedGradient, check_payload
+from leaklib.gradients.payload import SharedGradient
 from leaklib.layer_system.split import CUTOFF
-from leaklib.margin_losses import LOGISTIC, MarginLoss
+from leaklib.margin_losses import MarginLoss
 from leaklib.precision import full_float32
 
 
@@ -45,29 +42,14 @@ def label_residuals(
     Raises:
         ValueError: as `rgap`.
     """
-    stages = read_chain(model, image_shape)
-    check_payload(model, shared)
-    head, last, behind = head_of(stages)
-    check_gradient(stages, shared, mixture=False, pruned="refuse")
-    grads = {name: tensor.double() for name, tensor in shared.items()}
-    outputs = last.output_shape[0]
-    found = read_last_layer(
-        last.weight, last.bias, grads[f"{last.name}.weight"], grads.get(f"{last.name}.bias"),
-        loss=loss or (LOGISTIC if outputs == 1 else "softmax"), activation=behind,
-    )  # fmt: skip
-    rows = Rows(
-        victim=found.victim, label=found.label, margin=found.margin, value=found.layer_input,
-        grad=found.preactivation_grad @ last.weight, worst=found.residual, solved=(),
-    )  # fmt: skip
-    settings = StepSettings(
-        "auto", "minimum norm", CUTOFF,
-        tolerance=1e-13 if shared.dtype == torch.float64 else 1e-10, rounding=False,
-    )  # fmt: skip
-    for index in range(head - 1, -1, -1):
-        rows = step(stages, index, rows, grads, settings)
-        if rows.solved:
+    opening = open_recursion(model, shared, image_shape=image_shape, loss=loss)
+    settings = StepSettings("auto", "minimum norm", CUTOFF, opening.tolerance, rounding=False)
+    rows = opening.rows()
+    for index in range(len(opening.stages) - 2, -1, -1):
+        rows = step(opening.stages, index, rows, opening.grads, settings)
+        if len(rows.solved) > 1:
             break
-    residual = rows.solved[0].residual if rows.solved else rows.worst
+    residual, outputs = rows.solved[-1].residual, opening.last.output_shape[0]
     labels = max(2, outputs)
     best = residual.new_full((shared.victims * labels,), torch.inf)
     best = best.scatter_reduce(0, rows.victim * labels + rows.label, residual, "amin")

@@ -18,7 +18,8 @@ class LayerReport:
     Args:
         name: module path.
         unknowns: entries of the layer's input, n.
-        rank: of its equations for generic values, by counting; None where no formula is known.
+        rank: of its equations for generic values, by counting; an upper bound behind a ReLU; None
+            where no formula is known.
         residual: ‖U x − b‖/‖b‖ of its balanced equations (victims,).
         condition: σ_max/σ_min of the system that was solved (victims,); NaN where not computed.
         sign_flips: entries of the layer's output whose side of the activation's kink differs

@@ -76,6 +76,7 @@ def solve_residual(
     total: Tensor,
     total_grad: Tensor,
     grads: Mapping[str, Tensor],
+    victims: Tensor,
     *,
     tolerance: float = 1e-13,
     max_rounds: int = 40,
@@ -91,6 +92,7 @@ def solve_residual(
         total: s (rows, *output shape).
         total_grad: k_s, of the same shape.
         grads: name of each convolution -> ∂L/∂W (rows, *weight shape).
+        victims: whose row it is (rows,); a victim with one row solved needs no second try.
         tolerance: of the conjugate gradients and of the rounds.
         max_rounds: bound on the rounds.
 
@@ -106,17 +108,25 @@ def solve_residual(
     at_a = transposed_weight_rows(second.geometry, second.weight, total_grad)
     start = torch.cat([a.flatten(1), a.new_zeros(len(a), stage.first.geometry.unknowns)], dim=1)
 
-    def linearise(u: Tensor) -> _Linearised:
-        return _linearise(stage, _parts(stage, u)[0], total, total_grad, at_a, grads)
+    def equations(rows: Tensor) -> Callable[[Tensor], _Linearised]:
+        mine = {name: grad[rows] for name, grad in grads.items()}
+        return lambda u: _linearise(
+            stage, _parts(stage, u)[0], total[rows], total_grad[rows], at_a[rows], mine
+        )
 
-    u, condition = _gauss_newton(linearise, start, tolerance, max_rounds)
-    wrong = linearise(u).relative(u) > _STUCK
-    if bool(wrong.any()):
-        again = _cautious(linearise, start, tolerance)
-        again, second_condition = _gauss_newton(linearise, again, tolerance, max_rounds)
-        better = wrong & (linearise(again).relative(again) < linearise(u).relative(u))
-        u = torch.where(better[:, None], again, u)
-        condition = torch.where(better, second_condition, condition)
+    everything = torch.arange(len(total), device=total.device)
+    u, condition = _gauss_newton(equations(everything), start, tolerance, max_rounds)
+    relative = equations(everything)(u).relative(u)
+    best = relative.new_full((int(victims.max()) + 1,), torch.inf)
+    best = best.scatter_reduce(0, victims, relative, "amin")
+    stuck = (best[victims] > _STUCK).nonzero()[:, 0]
+    if len(stuck):
+        linearise = equations(stuck)
+        again = _cautious(linearise, start[stuck], tolerance)
+        again, fresh = _gauss_newton(linearise, again, tolerance, max_rounds)
+        better = linearise(again).relative(again).lt(relative[stuck])
+        u[stuck] = torch.where(better[:, None], again, u[stuck])
+        condition[stuck] = torch.where(better, fresh, condition[stuck])
     a, x = _parts(stage, u)
     first, shortcut = stage.first, stage.shortcut
     at_x = transposed_weight_rows(first.geometry, first.weight, at_a * inverse.slope(a))
@@ -124,7 +134,7 @@ def solve_residual(
         at_x = at_x + total_grad
     else:
         at_x = at_x + transposed_weight_rows(shortcut.geometry, shortcut.weight, total_grad)
-    return BlockSolution(x, at_x, linearise(u).relative(u), condition)
+    return BlockSolution(x, at_x, equations(everything)(u).relative(u), condition)
 
 
 def _gauss_newton(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -157,13 +158,13 @@ def _undo_convolution(
         system, z, grad, solver=settings.solver, tolerance=settings.tolerance,
         truncation=settings.truncation,
     )  # fmt: skip
-    generic = rows.known is None and pool is None
-    rank = generic_rank(stage.geometry).rank if generic else None
+    rank = _rank(stage, rows.known, pool)
     x, steps = found.x, None
     before = upstream_of(stages, index)
     if (
         settings.deficient == "hybrid"
-        and rank is not None
+        and rows.known is None
+        and pool is None
         and rank < stage.geometry.unknowns
         and before is not None
     ):
@@ -172,6 +173,18 @@ def _undo_convolution(
         stage.name, found.residual, found.condition, stage.geometry.unknowns, rank, steps
     )
     return rows.after(x, transposed_weight_rows(stage.geometry, stage.weight, k), solved)
+
+
+def _rank(stage: ConvStage, known: Tensor | None, pool: PoolStage | None) -> int:
+    """Generic rank; an upper bound behind a ReLU or in front of a pooling."""
+    count = generic_rank(stage.geometry)
+    if known is not None:
+        equations = int(known.flatten(1).sum(1).amax())
+    elif pool is not None:
+        equations = math.prod(pool.output_shape)
+    else:
+        return count.rank
+    return min(count.rank, count.gradient_rank + equations)
 
 
 def _undo_pooling(stage: PoolStage, rows: Rows, settings: StepSettings) -> Rows:
@@ -205,7 +218,9 @@ def _undo_residual(
         for part in (stage.first, stage.second, stage.shortcut)
         if part is not None
     }
-    found = solve_residual(stage, rows.value, rows.grad, mine, tolerance=settings.tolerance)
+    found = solve_residual(
+        stage, rows.value, rows.grad, mine, rows.victim, tolerance=settings.tolerance
+    )
     unknowns = stage.first.geometry.unknowns
     identity = stage.shortcut is None
     solved = Solved(
