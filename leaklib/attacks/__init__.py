@@ -3,6 +3,7 @@
 from leaklib.attacks.adam import AdamSettings
 from leaklib.attacks.analytic import analytic, invert_linear
 from leaklib.attacks.driver import RunSettings
+from leaklib.attacks.hybrid import Correction, hybrid
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
 from leaklib.attacks.problem import Matching
@@ -12,6 +13,7 @@ from leaklib.attacks.tokens import nearest_tokens
 
 __all__ = [
     "AdamSettings",
+    "Correction",
     "LayerReport",
     "Matching",
     "Reconstruction",
@@ -20,6 +22,7 @@ __all__ = [
     "analytic",
     "dlg",
     "expected_probabilities",
+    "hybrid",
     "idlg",
     "invert_gradients",
     "invert_linear",

@@ -24,6 +24,8 @@ from leaklib.gradients.payload import SharedGradient, Statistics, check_payload,
 from leaklib.gradients.stateless import statistics_function
 
 Variables = dict[str, Tensor]
+# images (k, batch, ...), rows (k,) -> a further term of the objective (k,) and its slope
+Penalty = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def matching_problem(
     loss: Loss,
     label_shape: tuple[int, ...] = (),
     chunk: int | None = None,
+    penalty: Penalty | None = None,
 ) -> Problem:
     """Build the objective that a matching attack minimises.
 
@@ -101,6 +104,7 @@ def matching_problem(
         loss: the client's loss.
         label_shape: axes of one input's label beside its class.
         chunk: rows per vmap; None chooses by network size.
+        penalty: a further term of the objective, for all rows at once.
 
     Returns:
         The problem.
@@ -194,7 +198,13 @@ def matching_problem(
                 value, slope = batched(variables, label_rows[victims], targets(victims), stats)
             values.append(value.detach())
             slopes.append(pack({n: s.detach() for n, s in slope.items()}))
-        return torch.cat(values), torch.cat(slopes)
+        total, gradient = torch.cat(values), torch.cat(slopes)
+        if penalty is None:
+            return total, gradient
+        variables = unpack(x)
+        extra, at_images = penalty(variables["images"], rows)
+        rest = {n: torch.zeros_like(v) for n, v in variables.items()}
+        return total + extra, gradient + pack(rest | {"images": at_images})
 
     return Problem(shapes, evaluate, pack, unpack)
 

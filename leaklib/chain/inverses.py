@@ -6,6 +6,7 @@ the output too, so that a kink is decided by the sign of what was reconstructed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Inverse:
         kink: the value of y at which the slope jumps, None for smooth maps.
         known: y -> where y tells z; None where it always does.
         affine: whether σ is affine, and so counts as part of a linear layer.
+        range: lowest and highest value of σ.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Inverse:
     kink: float | None = None
     known: Callable[[Tensor], Tensor] | None = None
     affine: bool = False
+    range: tuple[float, float] = (-math.inf, math.inf)
 
 
 # Closer to the edge of a bounded range than this, z is rounding.
@@ -58,13 +61,21 @@ def invert_activation(module: nn.Module) -> Inverse | None:
     if isinstance(module, nn.ReLU) or (
         isinstance(module, nn.LeakyReLU) and not module.negative_slope
     ):
-        return Inverse("ReLU", torch.relu, torch.relu, _positive, kink=0.0, known=_is_positive)
+        return Inverse(
+            "ReLU",
+            torch.relu,
+            torch.relu,
+            _positive,
+            kink=0.0,
+            known=_is_positive,
+            range=(0.0, math.inf),
+        )
     if isinstance(module, nn.ELU):
         return _elu(module.alpha)
     if isinstance(module, nn.Sigmoid):
-        return Inverse("sigmoid", torch.sigmoid, _logit, _sigmoid_slope)
+        return Inverse("sigmoid", torch.sigmoid, _logit, _sigmoid_slope, range=(0.0, 1.0))
     if isinstance(module, nn.Tanh):
-        return Inverse("tanh", torch.tanh, _artanh, _tanh_slope)
+        return Inverse("tanh", torch.tanh, _artanh, _tanh_slope, range=(-1.0, 1.0))
     if isinstance(module, nn.Softplus):
         return _softplus(module)
     return None
@@ -99,6 +110,7 @@ def _elu(alpha: float) -> Inverse:
         lambda y: torch.where(y >= 0, y, torch.log1p((y / alpha).clamp(min=_EDGE - 1, max=0))),
         lambda y: torch.where(y >= 0, torch.ones_like(y), (y + alpha).clamp(min=_EDGE)),
         kink=0.0 if alpha != 1 else None,
+        range=(-alpha, math.inf),
     )
 
 
@@ -117,7 +129,7 @@ def _softplus(module: nn.Softplus) -> Inverse:
             beta * y > threshold, torch.ones_like(y), -torch.expm1(-(beta * y).clamp(min=_EDGE))
         )
 
-    return Inverse(f"softplus({beta:g})", module, preactivation, slope)
+    return Inverse(f"softplus({beta:g})", module, preactivation, slope, range=(0.0, math.inf))
 
 
 def _same(value: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def network_diagram(
         raise ValueError(f"notes: expected names among {sorted(rows)}, got {unknown}")
     inches = width_in_inches(width)
     plan = make_plan(rows.values(), inches, last)
-    scale = _scale_lines(inches)
-    figure, ax = _open(inches, EDGE + plan.height * len(rows) + (0.5 + scale) * LINE)
+    scale = _scale(inches)
+    figure, ax = _open(inches, EDGE + plan.height * len(rows) + (1.5 + scale[-1][1]) * LINE)
     for place, (name, row) in enumerate(rows.items()):
         top = EDGE + place * plan.height
         ax.text(EDGE, top + 0.75 * LINE, name, fontsize=TEXT_PT, fontweight="bold")
@@ -127,27 +127,25 @@ def _draw_row(ax: Axes, row: Sequence[Layer], plan: Plan, top: float) -> None:
     ax.text(out + 2 * DOT, middle, plan.last, fontsize=SMALL_PT, va="center_baseline")
 
 
-def _scale_lines(inches: float) -> int:
-    """Lines that the scale of colours takes: its title stands above it where it must."""
-    return 1 if EDGE + text_inches(_TITLE) + 0.15 + _scale_width() <= inches else 2
+def _scale(inches: float) -> list[tuple[float, int]]:
+    """Left end and line of the scale's title and of each colour, as many to a line as fit."""
+    places, x, line = [(EDGE, 0)], EDGE + text_inches(_TITLE) + 0.15, 0
+    for _, _, text in SHARES:
+        long = 0.28 + text_inches(text)
+        if x + long > inches:
+            x, line = EDGE, line + 1
+        places.append((x, line))
+        x += long + 0.14
+    return places
 
 
-def _scale_width() -> float:
-    return sum(0.28 + text_inches(text) + 0.14 for _, _, text in SHARES)
-
-
-def _draw_scale(ax: Axes, top: float, lines: int) -> None:
+def _draw_scale(ax: Axes, top: float, places: list[tuple[float, int]]) -> None:
     """The colours and what they mean."""
-    x, base = EDGE, top + 0.9 * LINE
-    ax.text(x, base, _TITLE, fontsize=SMALL_PT)
-    if lines == 1:
-        x += text_inches(_TITLE) + 0.15
-    else:
-        base += LINE
-    for _, face, text in SHARES:
-        ax.add_patch(Rectangle((x, base - 0.12), 0.22, 0.14, fc=face, ec=INK, lw=0.8))
-        ax.text(x + 0.28, base, text, fontsize=SMALL_PT)
-        x += 0.28 + text_inches(text) + 0.14
+    base = [top + (0.9 + line) * LINE for _, line in places]
+    ax.text(places[0][0], base[0], _TITLE, fontsize=SMALL_PT)
+    for (x, _), y, (_, face, text) in zip(places[1:], base[1:], SHARES, strict=True):
+        ax.add_patch(Rectangle((x, y - 0.12), 0.22, 0.14, fc=face, ec=INK, lw=0.8))
+        ax.text(x + 0.28, y, text, fontsize=SMALL_PT)
 
 
 def _write(

@@ -20,8 +20,9 @@ LINE = 0.2
 TALLEST = 0.95  # box of the largest picture
 LOWEST = 0.3
 NARROWEST = 0.2
-ARROW = 0.2  # the least between two boxes
-INSIDE = 0.12  # between a number and the edges of its box
+WIDEST = 1.1
+ARROW = 0.16  # the least between two boxes
+INSIDE = 0.1  # between a number and the edges of its box
 SKIP = 0.13  # room for lines above the boxes
 DOT = 0.05
 SMALLEST_TYPE = 7.5  # points
@@ -76,7 +77,8 @@ def read_tables(networks: Mapping[str, pd.DataFrame | HasTable]) -> dict[str, pd
     if not isinstance(networks, Mapping) or not networks:
         raise ValueError(
             "networks: expected a mapping of one or more names to tables, got "
-            f"{type(networks).__name__} of length {len(networks)}; pass {{name: report}}"
+            f"{'none' if isinstance(networks, Mapping) else type(networks).__name__}; pass "
+            "{name: report}"
         )
     return {
         str(name): item if isinstance(item, pd.DataFrame) else item.table()
@@ -127,7 +129,7 @@ def make_plan(rows: Iterable[list[Layer]], inches: float, last: str) -> Plan:
     columns = max(len(row) for row in rows)
     pitch = (inches - 2 * EDGE - text_inches(last) - 4 * DOT) / columns
     sizes, size_lines = [TIMES.join(map(str, layer.shape)) for layer in every], 1
-    if max(map(text_inches, sizes)) > pitch - 0.14:
+    if max(map(text_inches, sizes)) > pitch - 0.1:
         sizes, size_lines = [line for layer in every for line in two_lines(layer.shape)], 2
     words = [*sizes, *(part for layer in every for part in layer.name)]
     room = min(
@@ -151,7 +153,7 @@ def box_sizes(row: Sequence[Layer], plan: Plan) -> list[tuple[float, float]]:
     pictures = [layer.shape for layer in row if len(layer.shape) == 3] or [(1, 1, 1)]
     side = max(max(shape[1:]) for shape in pictures)
     channels = max(2, *(shape[0] for shape in pictures))
-    widest = plan.pitch - ARROW
+    widest = min(plan.pitch - ARROW, WIDEST)
     sizes = []
     for layer in row:
         wide, high = 0.0, 0.75 * TALLEST

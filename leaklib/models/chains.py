@@ -28,6 +28,7 @@ def chain(
     *,
     layers: Sequence[Sequence[int]] = LENET,
     bias: bool = True,
+    head_bias: bool | None = None,
 ) -> nn.Sequential:
     """Any chain of square convolutions, each with its activation, then a linear layer.
 
@@ -39,6 +40,7 @@ def chain(
         activation: makes one activation module.
         layers: (filters, kernel, stride, padding) of each convolution, from the image on.
         bias: in all layers, `fc` included.
+        head_bias: in `fc`; None follows `bias`.
 
     Returns:
         Layers conv1, act1, conv2, act2, ..., flatten, fc.
@@ -63,7 +65,8 @@ def chain(
         channels = filters
         height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
     network["flatten"] = nn.Flatten()
-    network["fc"] = nn.Linear(channels * height * width, classes, bias=bias)
+    head = bias if head_bias is None else head_bias
+    network["fc"] = nn.Linear(channels * height * width, classes, bias=head)
     return nn.Sequential(network)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leaklib.models import chains, networks, residual
+from leaklib.models import chains, copa_networks, networks, residual
 from leaklib.models.initialisation import activation_by_name, check_initialisation, initialise_
 from leaklib.seeding import global_seed
 
@@ -97,6 +97,9 @@ register("fcn3", activation="leaky_relu_0.2", classes=1)(chains.fcn3)
 register("lenet-rgap", activation="sigmoid", classes=1)(chains.lenet_rgap)
 register("chain", activation="leaky_relu_0.2")(chains.chain)
 register("resnet-small", activation="leaky_relu_0.2")(residual.resnet_small)
+# the layer-wise hybrid attack's networks
+for _name, _plan in copa_networks.PLANS.items():
+    register(_name, activation=_plan.activation)(copa_networks.copa_builder(_name))
 
 
 def available_models() -> dict[str, str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from leaklib.layer_system.operators import LayerSystem
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -52,6 +54,8 @@ class Rows:
         solved: layers done, nearest the output first.
         known: which entries of the value are known, None: all.
         sides: activation -> on which side of the kink its output lies.
+        system: balanced equations of the convolution that was just solved, where they are kept.
+        target: their right-hand side.
     """
 
     victim: Tensor
@@ -63,6 +67,8 @@ class Rows:
     solved: tuple[Solved, ...]
     known: Tensor | None = None
     sides: dict[str, Tensor] = field(default_factory=dict)
+    system: LayerSystem | None = None
+    target: tuple[Tensor, ...] | None = None
 
     def select(self, which: Tensor) -> Rows:
         """Some of the rows, by a mask or by their indices."""
@@ -72,14 +78,17 @@ class Rows:
             tuple(s.select(which) for s in self.solved),
             None if self.known is None else self.known[which],
             {name: side[which] for name, side in self.sides.items()},
+            None if self.system is None else self.system.select(which),
+            None if self.target is None else tuple(part[which] for part in self.target),
         )  # fmt: skip
 
     def after(self, value: Tensor, grad: Tensor, solved: Solved) -> Rows:
         """The rows in front of a layer that was just solved."""
         worst = solved.residual.maximum(self.worst)
         return replace(
-            self, value=value, grad=grad, worst=worst, known=None, solved=(*self.solved, solved)
-        )
+            self, value=value, grad=grad, worst=worst, known=None, solved=(*self.solved, solved),
+            system=None, target=None,
+        )  # fmt: skip
 
     def keep_input(self) -> Rows:
         """Remember the value as the input of the layer that was just solved."""

@@ -39,6 +39,7 @@ class StepSettings:
         tolerance: of conjugate gradients; also how far from zero a ReLU's output counts as zero.
         rounding: keep float32 values between layers, as the published code does.
         keep_inputs: remember the input of every layer.
+        keep_system: remember the equations of the convolution just solved.
     """
 
     solver: Solver
@@ -47,6 +48,7 @@ class StepSettings:
     tolerance: float
     rounding: bool
     keep_inputs: bool = False
+    keep_system: bool = False
 
 
 def step(
@@ -172,7 +174,10 @@ def _undo_convolution(
     solved = Solved(
         stage.name, found.residual, found.condition, stage.geometry.unknowns, rank, steps
     )
-    return rows.after(x, transposed_weight_rows(stage.geometry, stage.weight, k), solved)
+    moved = rows.after(x, transposed_weight_rows(stage.geometry, stage.weight, k), solved)
+    if settings.keep_system:
+        moved = replace(moved, system=system, target=system.target(z, grad))
+    return moved
 
 
 def _rank(stage: ConvStage, known: Tensor | None, pool: PoolStage | None) -> int:

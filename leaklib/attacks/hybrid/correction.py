@@ -1,0 +1,95 @@
+"""One layer's correction: gradient matching behind it, its own equations as a penalty."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leaklib.attacks import adam
+from leaklib.attacks.driver import RunSettings, drive
+from leaklib.attacks.hybrid.settings import Correction
+from leaklib.attacks.problem import Matching, matching_problem
+from leaklib.attacks.recursive.rows import Rows
+from leaklib.chain import ConvStage
+from leaklib.gradients.payload import SharedGradient
+
+
+def correct_layer(
+    model: nn.Sequential,
+    shared: SharedGradient,
+    stage: ConvStage,
+    rows: Rows,
+    correction: Correction,
+    *,
+    lr: float,
+    progress: bool,
+) -> Tensor:
+    """Minimise J_i from the linear answer; the best iterate is kept.
+
+    Args:
+        model: the whole network.
+        shared: the released gradients.
+        stage: the convolution whose input is corrected.
+        rows: the recursion in front of it, with the layer's system.
+        correction: weights and budget.
+        lr: learning rate of Adam.
+        progress: show a bar.
+
+    Returns:
+        Inputs (rows, channels, height, width), float64.
+
+    Raises:
+        ValueError: the layer is not one of the model's own children.
+    """
+    behind = _from_layer(model, stage.name)
+    names = [name for name, _ in behind.named_parameters()]
+    dtype = shared.dtype
+    target = shared.replace({n: shared.tensors[n][rows.victim] for n in names})
+    assert rows.system is not None
+    assert rows.target is not None
+    # the published penalty takes the rows as they are
+    system = replace(rows.system, scale=torch.ones_like(rows.system.scale))
+    right = (rows.target[0], rows.target[1] / rows.system.scale.view(-1, 1, 1, 1, 1))
+
+    def penalty(images: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        part = system.select(chosen)
+        image = images[:, 0].double()
+        wrong = tuple(a - b[chosen] for a, b in zip(part.rows(image), right, strict=True))
+        value = torch.stack([w.flatten(1).square().sum(1) for w in wrong]).sum(0)
+        slope, weight = 2 * part.adjoint(wrong), correction.system
+        return (weight * value).to(dtype), (weight * slope).to(dtype)[:, None]
+
+    problem = matching_problem(
+        behind, target, image_shape=stage.input_shape, labels=rows.label[:, None], classes=0,
+        matching=Matching(
+            "layer_cosine", layer_weights=dict.fromkeys(names, correction.cosine),
+            tv_weight=correction.tv,
+        ),
+        restarts=1, loss=F.cross_entropy, penalty=penalty if correction.system else None,
+    )  # fmt: skip
+    settings = adam.AdamSettings(
+        lr=lr, signed=False, steps=correction.steps, milestones=(), box=None
+    )
+    start = adam.start(rows.value.flatten(1).to(dtype), settings)
+    state, _ = drive(
+        start, lambda s: adam.tick(s, problem.evaluate, settings),
+        max_evaluations=correction.steps, settings=RunSettings(progress=progress),
+        identity={"attack": "hybrid", "layer": stage.name}, label=f"correcting {stage.name}",
+    )  # fmt: skip
+    return state.best_x.double().view_as(rows.value)
+
+
+def _from_layer(model: nn.Sequential, name: str) -> nn.Sequential:
+    """The layers from `name` on, under their own names."""
+    children = list(model.named_children())
+    start = next((i for i, (child, _) in enumerate(children) if child == name), None)
+    if start is None:
+        raise ValueError(
+            f"expected layer {name!r} among the model's children {[c for c, _ in children]}; "
+            "flatten nested sequences into one nn.Sequential"
+        )
+    return nn.Sequential(OrderedDict(children[start:])).eval()
