@@ -10,6 +10,7 @@ from torch import nn
 from leaklib.models import (
     available_models,
     build,
+    copa_networks,
     parameter_count,
     register,
     registry,
@@ -77,9 +78,12 @@ def test_layer_shapes():
 
 def test_the_smallest_images():
     for name in available_models():
-        smallest = 9 if name == "convnet" else 1
+        smallest = registry._REGISTRY[name].smallest
         model = build(name, input_shape=(3, smallest, smallest), classes=10)
         assert model(torch.rand(2, 3, smallest, smallest)).shape == (2, 10)
+        if smallest > 1:
+            with pytest.raises(ValueError, match=f"the smallest are {smallest}x{smallest}"):
+                build(name, input_shape=(3, smallest - 1, smallest))
     with pytest.raises(ValueError, match=r"convnet.*8x32.*9x9.*\(3, 9, 9\)"):
         build("convnet", input_shape=(3, 8, 32))
     # the bound is tight: the convolutions cannot take 8 pixels
@@ -116,7 +120,7 @@ def test_listing():
     models = available_models()
     assert list(models) == [
         "lenet", "lenet4", "linear", "mlp", "convnet", "resnet18",
-        "cnn6", "cnn6-d", "fcn3", "lenet-rgap", "chain", "resnet-small",
+        "cnn6", "cnn6-d", "fcn3", "lenet-rgap", "chain", "resnet-small", *copa_networks.PLANS,
     ]  # fmt: skip
     assert models["lenet"].startswith("DLG's LeNet: three 5x5 convolutions")
     assert all("\n" not in line and len(line) < 100 for line in models.values())

@@ -28,6 +28,14 @@ class Plan:
     activation: str = "tanh"
     last: str = "identity"
 
+    @property
+    def smallest(self) -> int:
+        """Smallest side of an image, in pixels: one position of the last kernel, traced back."""
+        side = 1
+        for _, kernel, stride, padding in reversed(self.layers):
+            side = max(1, (side - 1) * stride + kernel - 2 * padding)
+        return side
+
 
 PLANS: dict[str, Plan] = {
     "cnn2_c0": Plan(((1, 3, 2, 0),), last="tanh"),

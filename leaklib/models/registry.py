@@ -99,7 +99,9 @@ register("chain", activation="leaky_relu_0.2")(chains.chain)
 register("resnet-small", activation="leaky_relu_0.2")(residual.resnet_small)
 # the layer-wise hybrid attack's networks
 for _name, _plan in copa_networks.PLANS.items():
-    register(_name, activation=_plan.activation)(copa_networks.copa_builder(_name))
+    register(_name, activation=_plan.activation, smallest=_plan.smallest)(
+        copa_networks.copa_builder(_name)
+    )
 
 
 def available_models() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The hybrid where the layer before has too few virtual constraints, or too few equations at all."""
+"""The hybrid where the layer before has too few virtual constraints, or too few equations."""
 
 import numpy as np
 import pytest
