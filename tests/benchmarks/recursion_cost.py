@@ -26,7 +26,7 @@ from leaklib.models import build
 from leaklib.rank import rank_analysis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from attacks.dense_rgap import reconstruct  # noqa: E402
+from attacks.dense_rgap import reconstruct
 
 
 def seconds(work):
@@ -60,7 +60,7 @@ def attack_cost(side, victims, rounds):
     ours, one, slow = (statistics.median(column) for column in zip(*times, strict=True))
     ratios = [c / a for a, _, c in times]
     print(
-        f"cnn6 {side:3d} px  together {ours:.3f} s a picture   alone {one:.3f}   dense {slow:.2f}   "
+        f"cnn6 {side:3d} px  together {ours:.3f} s a picture   alone {one:.3f}   dense {slow:.2f}  "
         f"dense/together {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})"
     )
 
