@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leaklib.attacks import adam
 from leaklib.attacks.driver import RunSettings, drive
 from leaklib.attacks.hybrid.settings import Correction
-from leaklib.attacks.problem import Matching, matching_problem
+from leaklib.attacks.problem import Matching, Problem, matching_problem
 from leaklib.attacks.recursive.rows import Rows
 from leaklib.chain import ConvStage
 from leaklib.gradients.payload import SharedGradient
@@ -45,6 +45,27 @@ def correct_layer(
     Raises:
         ValueError: the layer is not one of the model's own children.
     """
+    problem = layer_problem(model, shared, stage, rows, correction)
+    settings = adam.AdamSettings(
+        lr=lr, signed=False, steps=correction.steps, milestones=(), box=None
+    )
+    start = adam.start(rows.value.flatten(1).to(shared.dtype), settings)
+    state, _ = drive(
+        start, lambda s: adam.tick(s, problem.evaluate, settings),
+        max_evaluations=correction.steps, settings=RunSettings(progress=progress),
+        identity={"attack": "hybrid", "layer": stage.name}, label=f"correcting {stage.name}",
+    )  # fmt: skip
+    return state.best_x.double().view_as(rows.value)
+
+
+def layer_problem(
+    model: nn.Sequential,
+    shared: SharedGradient,
+    stage: ConvStage,
+    rows: Rows,
+    correction: Correction,
+) -> Problem:
+    """J_i and its slope as a batched objective over the layer's input; see `correct_layer`."""
     behind = _from_layer(model, stage.name)
     names = [name for name, _ in behind.named_parameters()]
     dtype = shared.dtype
@@ -63,7 +84,7 @@ def correct_layer(
         slope, weight = 2 * part.adjoint(wrong), correction.system
         return (weight * value).to(dtype), (weight * slope).to(dtype)[:, None]
 
-    problem = matching_problem(
+    return matching_problem(
         behind, target, image_shape=stage.input_shape, labels=rows.label[:, None], classes=0,
         matching=Matching(
             "layer_cosine", layer_weights=dict.fromkeys(names, correction.cosine),
@@ -71,16 +92,6 @@ def correct_layer(
         ),
         restarts=1, loss=F.cross_entropy, penalty=penalty if correction.system else None,
     )  # fmt: skip
-    settings = adam.AdamSettings(
-        lr=lr, signed=False, steps=correction.steps, milestones=(), box=None
-    )
-    start = adam.start(rows.value.flatten(1).to(dtype), settings)
-    state, _ = drive(
-        start, lambda s: adam.tick(s, problem.evaluate, settings),
-        max_evaluations=correction.steps, settings=RunSettings(progress=progress),
-        identity={"attack": "hybrid", "layer": stage.name}, label=f"correcting {stage.name}",
-    )  # fmt: skip
-    return state.best_x.double().view_as(rows.value)
 
 
 def _from_layer(model: nn.Sequential, name: str) -> nn.Sequential:
