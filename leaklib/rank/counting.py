@@ -139,15 +139,14 @@ def _rank_on_null_space(channels: int, filters: int, vertical: Axis, horizontal:
     """Rank of W (I ⊗ N), N the null space of K̃: what the weight rows add.
 
     Of a part with T taps K leaves ν = pixels − F·T dimensions open, the same ones in each of the C
-    channels. For every filter W maps them to T shifts of them, orthogonal to the F gradients k: a
-    space of at most S = min(live − F, Σ T ν) dimensions, to which parts of one pattern contribute
-    once. Set some parts apart, with T taps in all: they reach only C·T directions of the filters,
-    and in the others there is only what the rest maps to. The rank is at most
+    channels: C Σ ν in all. For every filter W maps them to T shifts of them, orthogonal to the F
+    gradients k: a space of at most S = min(live − F, Σ T ν) dimensions, to which parts of one
+    pattern contribute once. Set some parts apart, with T taps in all: they reach only C·T
+    directions of the filters, and in the others there is only what the rest maps to. So
 
-        C Σ_apart ν + F S_rest,     min(F, C T) (live − F) + max(0, F − C T) S_rest
+        rank <= min(F, C T) (live − F) + max(0, F − C T) S_rest
 
-    for each choice. With all parts apart the first is C Σ ν, with none the second F (live − F)
-    unless S is less.
+    for each choice, which is F (live − F) unless S is less; the parts with fewest taps go first.
     """
     beyond = max(0, vertical.live * horizontal.live - filters)
     parts = sorted(
@@ -166,11 +165,7 @@ def _rank_on_null_space(channels: int, filters: int, vertical: Axis, horizontal:
         }
         shifts = min(beyond, sum(rest.values()))
         reached = min(filters, channels * sum(taps[:first]))
-        rank = min(
-            rank,
-            channels * sum(free[:first]) + filters * shifts,
-            reached * beyond + (filters - reached) * shifts,
-        )
+        rank = min(rank, reached * beyond + (filters - reached) * shifts)
     return rank
 
 

@@ -1,19 +1,26 @@
 """Where counting the rank of a layer ends.
 
-The counts of `generic_rank` are upper bounds. They are the rank unless one of these holds, each met
-in a search over many small layers whose rank was computed exactly. All are about small pictures,
-unusual padding or numbers that happen to match; layers in use have none of them.
+The counts of `generic_rank` are upper bounds, and they are the rank unless a doubt is raised. Of
+some 36,000 drawn layers of up to 250 unknowns without a doubt, and not settled by W or K alone, all
+had the counted rank by exact elimination. A doubt is no proof against a count: of the doubted small
+layers about one in thirty had a smaller rank, by a few equations. No layer of CNN6, LeNet, VGG,
+ResNet or MobileNet at its usual sizes is doubted. The reasons:
 
 * Edges. Where padding leaves some outputs or taps few pixels, these have more equations than
-  pixels, and equations are lost that the total does not miss. Whether that happens is decided by a
-  flow (Hall's theorem). 2x2 kernels with stride 2 and padding 1 on 6x3 pixels, 2 channels,
-  5 filters: rank W is 30, counted 36.
+  pixels, and equations are lost that the total does not miss. A flow decides whether that happens
+  (Hall's theorem). 2x2 kernels with stride 2 and padding 1 on 6x3 pixels, 2 channels, 5 filters:
+  rank W is 30, counted 36.
 * Syzygies. Filters are polynomials in two variables. If there are only a few more filters than
   channels, and the output is no larger than the kernel, products of them cancel: k₁k₂ − k₂k₁ = 0
-  is a combination of gradient rows. 3x3 kernels on 5x5 pixels, 2 filters: rank K̃ is 17,
-  counted 18. Two such polynomials also have common zeros, and with every zero goes a picture that
-  no row sees.
-* Small maps and clipped windows, where parts of the picture meet different taps.
+  is a combination of gradient rows. 3x3 kernels on 5x5 pixels, 3 filters: rank K̃ is 24, counted
+  25. Two such polynomials also have common zeros, and with every zero goes a picture that no row
+  sees: one channel of 8x8 pixels, two 2x2 kernels: rank W is 62, counted 64.
+* Small maps, full padding, or padding with a large stride, where parts of the picture meet
+  different taps. 3 channels of 3x3 pixels, one 2x2 kernel, padding 1: rank 26, counted 27.
+* Dilation, where W falls apart into lattices that K ties together, near the border between too few
+  and enough equations.
+* Unusual layers, whose counts were found wrong too often to tell why: padding of more than half the
+  kernel's reach, or both stride and dilation.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class RecursiveReconstruction(Reconstruction):
         margins: chosen root μ (victims,); NaN with more than one logit.
         margin_roots: all roots (victims, 2), NaN where there is none.
         twins: the picture of the other root (victims, 1, channels, height, width): in a network
-            without biases its gradient is the same. NaN where there is no second root. Where both fit into [0, 1] the darker one
-            is the answer and the brighter one stands here; in trained networks it is the brighter
-            one that is nearly always the private picture (notebook `rgap_uniqueness`).
+            without biases its gradient is the same. NaN where there is no second root. Where both
+            fit into [0, 1] the darker one is the answer and the brighter one stands here; the
+            gradient cannot tell, and in trained networks the private one is mostly the brighter.
         inputs: layer -> its input as the recursion held it (victims, *shape), float64, from the
             image to the output; None unless kept on request.
     """
