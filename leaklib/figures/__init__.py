@@ -2,7 +2,8 @@
 
 Nothing is computed here and no file is written. `look` holds the one look (sizes, type, colours by
 role, PNG), `pictures` the strips and grids of images, `intervals` rates and means by category,
-`curves` what runs along a number, `scatter` two quantities that should agree.
+`curves` what runs along a number, `scatter` two quantities that should agree, `network` the layers of
+a network by what they leave open.
 """
 
 from leaklib.figures.curves import convergence, rate_lines
@@ -23,6 +24,7 @@ from leaklib.figures.look import (
     to_png,
     use_style,
 )
+from leaklib.figures.network import network_diagram
 from leaklib.figures.pictures import frames_strip, reconstruction_grid
 from leaklib.figures.scatter import identity_scatter
 
@@ -39,6 +41,7 @@ __all__ = [
     "load_fingerprint",
     "looks",
     "make_axes",
+    "network_diagram",
     "panel_label",
     "rate_bars",
     "rate_lines",

@@ -159,7 +159,6 @@ def rank_analysis(
     unknowns: list[int] = []
     before: tuple[ConvStage, int] | None = None  # the convolution before, and its rank
     for place, stage in enumerate(stages):
-        behind = stages[place + 1] if place + 1 < len(stages) else None
         if isinstance(stage, ElementwiseStage):
             # where a ReLU is zero its input is not known, so it passes no constraint on
             before = None if stage.inverse.known is not None else before
@@ -170,7 +169,7 @@ def rank_analysis(
             layers.append(layer)
             deficits.append(layer.deficit)
             unknowns.append(layer.unknowns)
-            before = None if isinstance(behind, PoolStage) else (stage, layer.rank)
+            before = stage, layer.rank
         elif isinstance(stage, ResidualStage):
             layer = _residual(stage, generator)
             layers.append(layer)
