@@ -2,8 +2,8 @@
 
 Nothing is computed here and no file is written. `look` holds the one look (sizes, type, colours by
 role, PNG), `pictures` the strips and grids of images, `intervals` rates and means by category,
-`curves` what runs along a number, `scatter` two quantities that should agree, `network` the layers of
-a network by what they leave open.
+`curves` what runs along a number, `scatter` two quantities that should agree, `network` a network's
+layers by what they leave open.
 """
 
 from leaklib.figures.curves import convergence, rate_lines
