@@ -70,7 +70,7 @@ class MarginLoss:
         if soft:
             losses = labels[:, 0] * self.value(-logits) + labels[:, 1] * self.value(logits)
         else:
-            losses = self.value((2 * labels - 1) * logits)
+            losses = self.value((2 * labels.to(logits.dtype) - 1) * logits)  # uint8 would wrap
         return losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -126,8 +126,8 @@ def margin_roots(loss: MarginLoss, tau: Tensor, *, tolerance: float = 1e-12) -> 
     W is Lambert's function. A wrongly classified input, τ < 0, has one root (branch W₀). For
     0 < τ < `largest_tau` there are two (W₀ and W₋₁; one for the hinge), which meet at that largest
     τ; beyond it there is none. The roots are polished by Newton's method.
-    Source: Zhu & Blaschko 2021 (R-GAP), section 3.1, who search for one root; the closed forms are
-    our derivation. Cost: negligible.
+    Source: Zhu & Blaschko 2021 (R-GAP), Algorithm 1 and released code, which searches for one root;
+    the closed forms are our derivation. Cost: negligible.
 
     Args:
         loss: one of LOGISTIC, EXPONENTIAL, HINGE.

@@ -226,3 +226,9 @@ def test_a_loss_without_closed_form_is_refused():
         margin_roots(square, torch.zeros(1))
     with pytest.raises(ValueError, match="'square'"):
         largest_tau(square)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    logits, labels = torch.tensor([[0.5], [-2.0]], dtype=DTYPE), torch.tensor([0, 1])
+    torch.testing.assert_close(LOGISTIC(logits, labels.to(dtype)), LOGISTIC(logits, labels))

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import lambertw
 
+from leaklib import models
+from leaklib.rank import rank_analysis
+
 BOOK = Path(__file__).resolve().parents[1] / "book"
 PAGE = " ".join((BOOK / "recursive_attack.md").read_text(encoding="utf-8").split())
 RECURSION, TWINS = BOOK / "_static" / "recursion.svg", BOOK / "_static" / "twins.svg"
@@ -498,6 +501,18 @@ def virtual_sentences():
     ]
 
 
+def size_sentences():
+    names = ("cnn4_c1", "cnn4_c2")
+    reports = [rank_analysis(models.build(name), (COLOURS, SIDE, SIDE)) for name in names]
+    indices = [minus(f"{report.index:.0f}") for report in reports]
+    shares = [-100 * report.deficits[1] / report.unknowns[1] for report in reports]
+    return [
+        f"networks {names[0]} and {names[1]} get {indices[0]} and {indices[1]} by counting here, "
+        f"though their second layers lack nearly the same share, {shares[0]:.0f} % and "
+        f"{shares[1]:.0f} %."
+    ]
+
+
 @cache
 def sentences():
     """Every piece of the page that shows a number of an example."""
@@ -507,6 +522,7 @@ def sentences():
         *balance_and_noise_sentences(),
         *rank_sentences(),
         *virtual_sentences(),
+        *size_sentences(),
     ]
 
 

@@ -44,8 +44,9 @@ def read_last_layer(
     all but one. An activation behind the layer that is linear on each side of zero, as in R-GAP's
     FCN3, scales k. A gradient that no input explains, as under noise, gets the margin or length
     that comes closest, and a residual.
-    Source: Zhu & Blaschko 2021 (R-GAP), section 3.1, for one logit; the closed forms, the label and
-    the softmax are our derivation. Cost: a few passes over the layer's gradient.
+    Source: Zhu & Blaschko 2021 (R-GAP), Algorithm 1 and released code, for one logit; the closed
+    forms, the label and the softmax are our derivation. Cost: a few passes over the layer's
+    gradient.
 
     Args:
         weight: W (outputs, inputs).

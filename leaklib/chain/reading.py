@@ -44,15 +44,25 @@ def read_chain(model: nn.Module, input_shape: Sequence[int]) -> tuple[Stage, ...
         Stages whose composition is the model.
 
     Raises:
-        ValueError: a layer that has no place in a chain, naming it, the reason and what to use; or
-            an image shape that the model does not take.
+        ValueError: a layer that has no place in a chain, naming it, the reason and what to use;
+            weights that two layers share; or an image shape that the model does not take.
 
     >>> read_chain(nn.Sequential(nn.Flatten(), nn.Linear(4, 1)), (1, 2, 2))[1].name
     '1'
     """
     stages: list[Stage] = []
     shape: Shape = tuple(input_shape)
+    places: dict[int, str] = {}
     for name, module in _leaves(model, ""):
+        for parameter in module.parameters():
+            first = places.setdefault(id(parameter), name)
+            if first != name:
+                raise ValueError(
+                    f"expected weights of its own in layer {name!r} ({type(module).__name__}), got "
+                    f"those of layer {first!r}: the gradient of shared weights is the sum over "
+                    "both places and not one layer's equations; attack by matching "
+                    "(leaklib.attacks.dlg)"
+                )
         try:
             read = _read(name, module, shape)
         except ValueError as error:
@@ -64,9 +74,11 @@ def read_chain(model: nn.Module, input_shape: Sequence[int]) -> tuple[Stage, ...
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of nested sequences in order; whatever is no sequence counts as one layer."""
-    if isinstance(module, nn.Sequential):
-        for child, part in module.named_children():
+    """Modules of nested sequences in order; whatever is no plain sequence counts as one layer."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        # named_children() leaves out a module's second place
+        for child, part in module._modules.items():
+            assert part is not None
             yield from _leaves(part, f"{name}.{child}" if name else child)
     else:
         yield name, module
@@ -156,6 +168,12 @@ def _batch_normalisation(
     if module.affine:
         gain, shift = gain * _double(module.weight), shift * _double(module.weight)
         shift = shift + _double(module.bias)
+    silent = (gain == 0).nonzero()[:, 0].tolist()
+    if silent:
+        raise ValueError(
+            f"expected gains other than 0, got 0 for channel {silent[0]}, whose values are lost; "
+            "attack by matching (leaklib.attacks.dlg)"
+        )
     return ElementwiseStage(
         name, affine_map("BatchNorm", gain.view(place), shift.view(place)), shape
     )

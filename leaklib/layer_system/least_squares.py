@@ -76,8 +76,9 @@ def least_squares(
     best, best_x, idle = gamma.clone(), x.clone(), torch.zeros_like(gamma)
     active = gamma > tolerance**2 * first
     iterations = torch.zeros_like(gamma, dtype=torch.int64)
-    steps: list[Tensor] = []
-    ratios: list[Tensor] = []
+    # one tensor for all iterations, doubled when full: thousands of small ones fragment the heap
+    history = gamma.new_zeros(2, min(max_iterations, 512), len(gamma))
+    count = 0
     for _ in range(max_iterations):
         if not bool(active.any()):
             break
@@ -91,8 +92,10 @@ def least_squares(
         fresh = _square(slope)
         ratio = torch.where(active & (gamma > 0), fresh / gamma, torch.zeros_like(gamma))
         direction = slope + _along(ratio, direction)
-        steps.append(step)
-        ratios.append(ratio)
+        if count == history.shape[1]:
+            history = torch.cat([history, torch.zeros_like(history)], dim=1)
+        history[0, count], history[1, count] = step, ratio
+        count += 1
         iterations += active
         gamma = torch.where(active, fresh, gamma)
         better = active & (gamma < best)
@@ -101,20 +104,20 @@ def least_squares(
         idle = torch.where(better, torch.zeros_like(idle), idle + 1)
         active = active & (gamma > tolerance**2 * first) & (idle < patience) & (energy > 0)
     return LeastSquares(
-        best_x, iterations, _condition(steps, ratios, iterations), best <= tolerance**2 * first
+        best_x, iterations, _condition(history[:, :count], iterations), best <= tolerance**2 * first
     )
 
 
-def _condition(steps: list[Tensor], ratios: list[Tensor], iterations: Tensor) -> Tensor:
+def _condition(history: Tensor, iterations: Tensor) -> Tensor:
     """σ_max/σ_min from the tridiagonal matrix that conjugate gradients build on the way.
 
-    Its diagonal is 1/α_j + β_{j−1}/α_{j−1}, its off-diagonal √β_j/α_j.
+    Its diagonal is 1/α_j + β_{j−1}/α_{j−1}, its off-diagonal √β_j/α_j; `history` holds α_j and
+    β_j, (2, iterations, victims).
     """
     found = torch.ones(len(iterations), dtype=torch.float64)
-    if not steps:
+    if not history.shape[1]:
         return found.to(iterations.device)
-    alphas = torch.stack(steps).cpu().double().numpy()
-    betas = torch.stack(ratios).cpu().double().numpy()
+    alphas, betas = history.cpu().double().numpy()
     for victim, count in enumerate(iterations.tolist()):
         alpha, beta = alphas[:count, victim], betas[:count, victim]
         if count < 2 or not (alpha > 0).all():

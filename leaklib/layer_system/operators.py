@@ -7,7 +7,8 @@ windows, so one unfolding serves both and no matrix is ever built:
     W x = w · unfold(x),      K x = k · unfold(x)ᵀ,
     Uᵀ(u, v) = fold(wᵀ u + vᵀ k).
 
-Source: Zhu & Blaschko 2021 (R-GAP), section 3.1; Chen & Campbell 2021 (COPA) pose the same system.
+Source: Zhu & Blaschko 2021 (R-GAP), Algorithm 1 and released code; Chen & Campbell 2021 (COPA) pose
+the same system.
 """
 
 from __future__ import annotations

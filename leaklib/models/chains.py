@@ -111,7 +111,8 @@ def fcn3(
     act3. The released code has `act3` although its attack reckons without; `last_activation=False`
     is the network that the attack takes it for.
 
-    Source: Zhu & Blaschko, R-GAP (arXiv 2010.07733), released code.
+    Source: Zhu & Blaschko, R-GAP (arXiv 2010.07733), released code, branch main, whose LeakyReLU
+    has slope 0.2 (0.01 in branch dev).
     """
     network = mlp(input_shape, classes, activation, hidden=hidden, bias=False)
     if last_activation:
@@ -134,7 +135,7 @@ def lenet_rgap(
     Raises:
         ValueError: not three widths, or one below 1.
 
-    Source: Zhu & Blaschko, R-GAP (arXiv 2010.07733), released code.
+    Source: Zhu & Blaschko, R-GAP (arXiv 2010.07733), released code, branch dev.
     """
     if len(widths) != len(LENET):
         raise ValueError(f"widths: expected {len(LENET)} numbers of filters, got {tuple(widths)}")

@@ -1,8 +1,9 @@
 """The networks of the layer-wise hybrid attack: two to four convolutions without bias, then linear.
 
 Every network is `conv1, act1, ..., flatten, fc`, and `last` behind it where the loss sees an
-activation of the logits. Only `fc` has a bias. The names are those of the released code; the paper
-calls cnn2_c1, cnn2_c2, cnn4_c1 and cnn4_c2 CNN2 V1, CNN2 V2, CNN4 V1 and CNN4 V2.
+activation of the logits. Only `fc` has a bias. The names are those of the released code:
+cnn2_c1, cnn2_c2, cnn4_c1 and cnn4_c2, which we take for the paper's CNN2 V1, CNN2 V2, CNN4 V1 and
+CNN4 V2.
 
 Source: Chen & Campbell (arXiv 2210.13231), released code.
 """

@@ -9,6 +9,7 @@ from conftest import random_victims
 from torch import nn
 
 from leaklib.attacks import Correction, hybrid, rgap
+from leaklib.attacks.hybrid import attack as attack_module
 from leaklib.attacks.hybrid import correction as correction_module
 from leaklib.attacks.hybrid.settings import PUBLISHED, correction_of
 from leaklib.data import load_images, make_victims
@@ -129,6 +130,36 @@ def test_an_exact_layer_may_be_left_alone():
     assert kept.evaluations.tolist() == [0, 0]
 
 
+def test_exact_rows_stay_beside_a_row_that_is_not():
+    model, private, shared = setting("cnn2_c1", victims=3)
+    noisy = {n: t.clone() for n, t in shared.items()}
+    noise = torch.randn(noisy["conv1.weight"][1].shape, generator=torch.Generator().manual_seed(1))
+    noisy["conv1.weight"][1] += noisy["conv1.weight"][1].std() * noise
+    steps = [Correction(1.0, 1.0, 0.05, 5)]
+    found = attack(model, shared.replace(noisy), private, corrections=steps, skip_exact=True)
+    assert found.evaluations.tolist() == [0, 5, 0]
+    error = (found.images - private.images).flatten(1).abs().amax(1)
+    assert float(error[[0, 2]].max()) < 1e-9 < float(error[1])
+
+
+def test_the_objective_is_that_of_the_corrected_inputs():
+    model, private, shared = setting("cnn2_c1")
+    plain = attack(model, shared, private, corrections=[NONE])
+    found = attack(model, shared, private, corrections=[Correction(1.0, 1.0, 0.05, 30)])
+    assert float(plain.objective.max()) < 1e-8
+    assert bool((found.layers[0].residual > 1e-5).all())
+    assert torch.equal(found.objective, found.layers[0].residual)
+
+
+def test_one_activation_in_two_places_is_corrected_as_two():
+    model, private, shared = setting(victims=2)
+    steps = [Correction(1.0, 1.0, 0.05, 3)]
+    want = attack(model, shared, private, corrections=steps)
+    model.act2 = model.act1
+    found = attack(model, shared, private, corrections=steps)
+    assert torch.equal(found.images, want.images)
+
+
 def test_the_image_prior_keeps_every_equation():
     model = build("cnn2_c2", input_shape=(3, 16, 16), seed=10).to(DTYPE)
     private = make_victims(load_images("patches", 2, size=16)).to(dtype=DTYPE)
@@ -198,6 +229,22 @@ def test_linear_systems_alone_on_the_victims_of_precode(name, decibels, toleranc
     np.testing.assert_allclose(got.numpy(), decibels, rtol=0, atol=tolerance)
 
 
+@pytest.mark.data
+def test_the_image_prior_on_the_victims_of_precode():
+    try:
+        pictures = load_images("cifar10-victims", indices=range(4))
+    except FileNotFoundError:
+        pytest.skip("needs cifar10-victims under the data root")
+    private = make_victims(pictures)
+    model = build("cnn2_c2", seed=10, normalisation=((0.5,) * 3, (1.0,) * 3))
+    found = hybrid(
+        model, share_gradient(model, private), image_shape=(3, 32, 32), labels=private.labels,
+        corrections=[NONE], image_prior="null space",
+    )  # fmt: skip
+    got = psnr_db(found.images, private.images).flatten()
+    np.testing.assert_allclose(got.numpy(), [30.8, 28.4, 27.5, 26.8], rtol=0, atol=0.3)
+
+
 class TestBadInput:
     def test_nested_layers(self):
         model = network("cnn2_c1")
@@ -215,8 +262,28 @@ class TestBadInput:
         class Wrapped(nn.Module):
             pass
 
-        with pytest.raises(TypeError, match=r"nn\.Sequential.*Wrapped"):
+        with pytest.raises(ValueError, match=r"nn\.Sequential.*Wrapped"):
             attack(Wrapped(), shared, private)
+
+    @pytest.mark.parametrize(
+        ("layers", "classes", "settings", "message"),
+        [
+            ([nn.LeakyReLU(0.2)], 1, {}, "two logits, got one.*rgap"),
+            ([nn.ReLU()], 5, {}, "invertible activations, got .*ReLU.*'1'.*LeakyReLU"),
+            (
+                [nn.AvgPool2d(1), nn.Tanh()], 5, {"image_prior": "null space"},
+                "image_prior 'none' with layer '1'.*'0'",
+            ),
+        ],
+    )  # fmt: skip
+    def test_chains_that_cannot_be_corrected(self, layers, classes, settings, message, monkeypatch):
+        monkeypatch.setattr(attack_module, "open_recursion", None)  # before any work
+        parts = nn.Conv2d(2, 4, 3), *layers, nn.Flatten(), nn.Linear(144, classes)
+        model = nn.Sequential(*parts).to(DTYPE)
+        private = random_victims(SHAPE, classes=5)
+        shared = share_gradient(network("cnn2_c1"), private)
+        with pytest.raises(ValueError, match=message):
+            attack(model, shared, private, **settings)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -1,6 +1,7 @@
 """What R-GAP refuses, before any long work, and what it says instead."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,13 @@ class TestGradient:
         with pytest.raises(ValueError, match="finite.*'2.weight'.*victim 1"):
             self.changed(lambda tensors: tensors["2.weight"][1, 0].fill_(value))
 
+    def test_a_last_layer_that_no_label_explains(self):
+        one = case("softmax")
+        tensors = {key: tensor.clone() for key, tensor in share(one).items()}
+        tensors["5.weight"][1] = tensors["5.weight"][1, :1].clone()  # all rows pull the same way
+        with pytest.raises(ValueError, match="'5'.*none for victim 1.*noise"):
+            attack(one, share(one).replace(tensors), labels=None)
+
     def test_local_steps(self):
         one = case("softmax")
         with pytest.raises(ValueError, match="3 local steps.*matching"):
@@ -180,6 +188,19 @@ class TestSettings:
     def test_an_unknown_name(self, what):
         with pytest.raises(ValueError, match=f"expected {what} among '.*', got 'no'"):
             attack(case("softmax"), **{what: "no"})
+
+    @pytest.mark.parametrize("truncation", [0.0, 1.0, -0.1, float("nan")])
+    def test_a_truncation_that_is_no_share(self, truncation):
+        with pytest.raises(ValueError, match="truncation between 0 and 1"):
+            attack(case("softmax"), truncation=truncation, solver="gradient first")
+
+    def test_a_truncation_without_effect(self):
+        with pytest.raises(ValueError, match="gradient first.*truncation 0.01, got 'auto'"):
+            attack(case("softmax"), truncation=1e-2)
+
+    def test_a_loss_that_is_no_margin_loss(self):
+        with pytest.raises(ValueError, match="expected a MarginLoss.*got CrossEntropyLoss"):
+            attack(case("leaky"), loss=nn.CrossEntropyLoss())
 
     @pytest.mark.parametrize(
         "labels",
@@ -202,3 +223,23 @@ class TestSettings:
 def test_the_published_solver_and_a_relu():
     with pytest.raises(ValueError, match=r'solver="published".*ReLU.*solver="auto"'):
         attack(case("relu"), solver="published")
+
+
+def test_the_rank_of_a_pooling_alone_is_counted():
+    """Three equal taps on a line of five have rank four."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.AvgPool2d(3, stride=1, padding=1), nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(),
+        nn.Flatten(), nn.Linear(200, 3),
+    ).to(DTYPE)  # fmt: skip
+    victims = Victims(torch.rand(1, 1, 2, 5, 5, dtype=DTYPE), torch.tensor([[1]]))
+    found = rgap(model, share_gradient(model, victims), image_shape=(2, 5, 5))
+    assert (found.layers[0].unknowns, found.layers[0].rank) == (50, 32)
+
+
+def test_a_residual_that_is_no_number_counts_as_wrong():
+    found = attack(case("softmax"))
+    layer = found.layers[1]
+    broken = replace(layer, residual=torch.full_like(layer.residual, torch.nan))
+    found = replace(found, layers=(found.layers[0], broken, *found.layers[2:]))
+    assert found.first_wrong_layer() == [layer.name] * len(found.images)

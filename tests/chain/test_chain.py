@@ -132,3 +132,42 @@ def test_what_has_no_place_is_named(layer, message):
     model.add_module("middle", layer.train())
     with pytest.raises(ValueError, match=message):
         read_chain(model, (1, 8, 8))
+
+
+def test_an_activation_in_two_places_is_two_stages():
+    act = nn.LeakyReLU(0.3)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Conv2d(2, 2, 3), act).to(DTYPE)
+    stages = read_chain(model, (1, 6, 6))
+    assert [stage.name for stage in stages] == ["0", "1", "2", "3"]
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=DTYPE)
+    value = x
+    for stage in stages:
+        value = stage.forward(value)
+    torch.testing.assert_close(value, model(x))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(2, 2, 1), lambda: nn.BatchNorm2d(2)])
+def test_shared_weights_name_both_places(make):
+    layer = make()
+    model = nn.Sequential(layer, nn.Sequential(nn.ELU(), layer)).eval()
+    message = r"layer '1.1'.*layer '0'.*shared weights.*not one layer's equations"
+    with pytest.raises(ValueError, match=message):
+        read_chain(model, (2, 4, 4))
+
+
+class _Skip(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_a_sequence_with_a_forward_pass_of_its_own_is_no_chain():
+    model = nn.Sequential(_Skip(nn.Conv2d(2, 2, 1)))
+    with pytest.raises(ValueError, match=r"layer '0' \(_Skip\).*expected a chain"):
+        read_chain(model, (2, 4, 4))
+
+
+def test_a_gain_of_zero_names_its_channel():
+    norm = nn.BatchNorm2d(3).eval()
+    norm.weight.data[1] = 0
+    with pytest.raises(ValueError, match=r"layer '0' \(BatchNorm2d\).*0 for channel 1"):
+        read_chain(nn.Sequential(norm), (3, 4, 4))

@@ -179,3 +179,22 @@ class TestLeastSquares:
         )
         assert not bool(found.converged)
         assert found.iterations.tolist() == [5]
+
+
+def test_a_dense_weight_matrix_has_a_largest_size():
+    geometry = Geometry((64, 32, 32), 64, (3, 3), padding=(1, 1))
+    weight = torch.zeros(geometry.weight_shape, dtype=DTYPE)
+    with pytest.raises(ValueError, match='4.3e\\+09; use solver="auto".*minimum norm'):
+        weight_matrix(geometry, weight)
+
+
+def test_more_iterations_than_the_first_history_holds():
+    """Singular values over three decades; the condition is read off all iterations."""
+    values = torch.logspace(0, 3, 400, dtype=DTYPE)
+    x = torch.ones(1, 400, dtype=DTYPE)
+    found = least_squares(
+        lambda x: (x * values,), lambda r: r[0] * values, (x * values,), max_iterations=4_000
+    )
+    assert int(found.iterations) > 512
+    torch.testing.assert_close(found.x, x, rtol=0, atol=1e-4)
+    assert float(found.condition) == pytest.approx(1000, rel=1e-2)

@@ -16,22 +16,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from leaklib.attacks.hybrid.correction import correct_layer
+from leaklib.attacks.hybrid.correction import check_child, correct_layer
 from leaklib.attacks.hybrid.prior import smooth_null_space
 from leaklib.attacks.hybrid.settings import PUBLISHED, Correction, correction_of
+from leaklib.attacks.recursive.checks import head_of
 from leaklib.attacks.recursive.conclusion import conclude
 from leaklib.attacks.recursive.descent import descend
 from leaklib.attacks.recursive.opening import open_recursion
 from leaklib.attacks.recursive.report import RecursiveReconstruction
 from leaklib.attacks.recursive.rows import Rows
 from leaklib.attacks.recursive.steps import StepSettings
-from leaklib.chain import ConvStage, ElementwiseStage, Stage
+from leaklib.chain import ConvStage, ElementwiseStage, PoolStage, ResidualStage, Stage, read_chain
 from leaklib.gradients.payload import SharedGradient
+from leaklib.layer_system.solve import residual_of
 from leaklib.layer_system.split import CUTOFF
 from leaklib.precision import full_float32
 
-# How far a corrected map is kept from the edge of its activation's range, as the published code
-# does for tanh: beyond it the inverse is rounding.
+# How far a corrected map is kept from the edge of its activation's range: beyond it the inverse is
+# rounding. The published code clips tanh before every inverse, here only corrected maps are
+# clipped.
 RANGE_MARGIN = 1e-4
 # Residual below which a layer's equations count as solved, float32 gradients too.
 _EXACT = 1e-4
@@ -58,6 +61,9 @@ def hybrid(
     gave, which the total variation would blur; `image_prior` fills what the image's own layer
     leaves open with the smoothest picture in range.
 
+    The published method works on pixels shifted to [-0.5, 0.5]. The minimum norm, and with it the
+    linear answer, depends on the origin: build the model with normalisation mean 0.5 and std 1.
+
     Args:
         model: a chain of named layers (`nn.Sequential`), see `leaklib.chain.read_chain`.
         shared: the released gradients of single pictures, all weights of the chain.
@@ -65,7 +71,8 @@ def hybrid(
         labels: (victims, 1) if known, as in the paper; None reads them off the last layer.
         corrections: for the convolutions from the image on; the last one repeats.
         lr: learning rate of Adam.
-        skip_exact: leave layers alone that have full rank and solved their equations.
+        skip_exact: leave a layer's input alone where the layer has full rank and the victim's
+            equations are solved.
         pull_back: where a layer is deficient, demand that its input be in the range of the layer
             before it, by the virtual constraints of `rgap`. The workshop version's abstract names
             such a constraint; its form is our reading.
@@ -75,22 +82,26 @@ def hybrid(
         progress: show bars.
 
     Returns:
-        RecursiveReconstruction; pixels are not boxed. `evaluations` counts steps of all
-        corrections. Cost: per victim the sum of the steps, each about 7/3 gradient evaluations of
-        the layers behind.
+        RecursiveReconstruction; pixels are not boxed. Residuals are those of the corrected inputs.
+        `evaluations` counts steps of all corrections. Cost: per victim the sum of the steps, each
+        about 7/3 gradient evaluations of the layers behind.
 
     Raises:
-        ValueError: as `rgap`.
-        TypeError: a model that is no `nn.Sequential`.
+        ValueError: as `rgap`; before any work also a model that is no `nn.Sequential` of its own
+            layers, one logit, a ReLU, or pooling at the image layer under the image prior.
 
-    Source: Chen & Campbell (arXiv 2210.13231), sections 3 and 4, and released code.
+    Source: Chen & Campbell (arXiv 2210.13231) and released code.
     """
     if not isinstance(model, nn.Sequential):
-        raise TypeError(f"expected an nn.Sequential of named layers, got {type(model).__name__}")
+        raise ValueError(
+            f"expected an nn.Sequential of named layers, got {type(model).__name__}; build one "
+            "from its layers, or attack by matching (leaklib.attacks.dlg)"
+        )
     if image_prior not in ("none", "null space"):
         raise ValueError(f"expected image_prior 'none' or 'null space', got {image_prior!r}")
     plan = tuple(corrections)
     correction_of(plan, 0)
+    _check_chain(model, read_chain(model, image_shape), plan, image_prior)
     opening = open_recursion(model, shared, image_shape=image_shape, labels=labels)
     stages = opening.stages
     places = [i for i, stage in enumerate(stages) if isinstance(stage, ConvStage)]
@@ -102,18 +113,19 @@ def hybrid(
             return rows
         place = places.index(index)
         short = solved.rank is not None and solved.rank < solved.unknowns
-        if skip_exact and not short and float(solved.residual.amax()) < _EXACT:
-            return rows
         if image_prior == "null space" and place == 0 and short:
-            return replace(rows, value=smooth_null_space(stages[:index], rows))
+            return _corrected(rows, smooth_null_space(stages[:index], rows))
         chosen = correction_of(plan, place)
-        if not chosen.steps:
+        exact = (solved.residual < _EXACT) & (skip_exact and not short)
+        left = (~exact).nonzero()[:, 0]
+        if not chosen.steps or not len(left):
             return rows
-        value = correct_layer(
-            model, shared, stage, rows, chosen, lr=lr, progress=progress
-        )  # fmt: skip
-        spent[rows.victim] += chosen.steps
-        return replace(rows, value=_inside_range(stages[:index], value))
+        part = rows.select(left)
+        found = correct_layer(model, shared, stage, part, chosen, lr=lr, progress=progress)
+        spent[part.victim] += chosen.steps
+        value = rows.value.clone()
+        value[left] = _inside_range(stages[:index], found)
+        return _corrected(rows, value)
 
     settings = StepSettings(
         "auto", "hybrid" if pull_back else "minimum norm", CUTOFF, opening.tolerance,
@@ -121,6 +133,47 @@ def hybrid(
     )  # fmt: skip
     rows = descend(opening, settings, progress=progress, correct=correct)
     return replace(conclude(opening, rows, shared), evaluations=spent)
+
+
+def _check_chain(
+    model: nn.Sequential, stages: tuple[Stage, ...], plan: tuple[Correction, ...], image_prior: str
+) -> None:
+    """Refuse what the corrections cannot work on, before any work."""
+    if head_of(stages)[1].output_shape[0] == 1:
+        raise ValueError(
+            "expected at least two logits, got one: the corrections match the gradient of a "
+            "cross-entropy; use rgap (leaklib.attacks.rgap)"
+        )
+    for stage in stages:
+        if isinstance(stage, ElementwiseStage) and stage.inverse.known is not None:
+            raise ValueError(
+                f"expected invertible activations, got {stage.inverse.name} in layer "
+                f"{stage.name!r}, which hides entries of its input; use LeakyReLU, or rgap"
+            )
+    places = [i for i, stage in enumerate(stages) if isinstance(stage, ConvStage)]
+    for place, index in enumerate(places):
+        if correction_of(plan, place).steps:
+            check_child(model, stages[index].name)
+    if image_prior == "null space" and places:
+        first = places[0]
+        for stage in stages[: first + 2]:
+            if isinstance(stage, PoolStage | ResidualStage):
+                raise ValueError(
+                    f"expected image_prior 'none' with layer {stage.name!r} next to the image's "
+                    f"convolution {stages[first].name!r}, got 'null space', which knows the rows "
+                    "of that convolution alone; pass image_prior='none'"
+                )
+
+
+def _corrected(rows: Rows, value: Tensor) -> Rows:
+    """Rows with a changed input of the layer just solved, and the residual that it has."""
+    assert rows.system is not None
+    assert rows.target is not None
+    *before, newest = rows.solved
+    residual = residual_of(rows.system, rows.target, value)
+    solved = (*before, replace(newest, residual=residual))
+    worst = torch.stack([layer.residual for layer in solved]).amax(0)
+    return replace(rows, value=value, solved=solved, worst=worst)
 
 
 def _inside_range(before: tuple[Stage, ...], value: Tensor) -> Tensor:

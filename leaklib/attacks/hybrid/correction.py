@@ -96,11 +96,21 @@ def layer_problem(
 
 def _from_layer(model: nn.Sequential, name: str) -> nn.Sequential:
     """The layers from `name` on, under their own names."""
-    children = list(model.named_children())
-    start = next((i for i, (child, _) in enumerate(children) if child == name), None)
-    if start is None:
+    check_child(model, name)
+    # named_children() leaves out a module's second place
+    children = [(child, part) for child, part in model._modules.items() if part is not None]
+    start = [child for child, _ in children].index(name)
+    return nn.Sequential(OrderedDict(children[start:])).eval()
+
+
+def check_child(model: nn.Sequential, name: str) -> None:
+    """Refuse a layer that is not one of the model's own children.
+
+    Raises:
+        ValueError: naming it and the children.
+    """
+    if name not in model._modules:
         raise ValueError(
-            f"expected layer {name!r} among the model's children {[c for c, _ in children]}; "
+            f"expected layer {name!r} among the model's children {list(model._modules)}; "
             "flatten nested sequences into one nn.Sequential"
         )
-    return nn.Sequential(OrderedDict(children[start:])).eval()

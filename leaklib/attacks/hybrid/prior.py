@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leaklib.attacks.recursive.rows import Rows
@@ -63,7 +64,7 @@ def _smoothest(before: tuple[Stage, ...], x: Tensor, null: Tensor, steps: int) -
 
 
 def _coupled_variation(image: Tensor) -> Tensor:
-    """Σ √(Σ_channels (∂₁x)² + (∂₂x)² + ε²) over the pixels that have both neighbours."""
-    down = image[:, 1:, :-1] - image[:, :-1, :-1]
-    right = image[:, :-1, 1:] - image[:, :-1, :-1]
+    """Σ √(Σ_channels (∂₁x)² + (∂₂x)² + ε²) over all pixels; 0 across the border."""
+    down = F.pad(image[:, 1:] - image[:, :-1], (0, 0, 0, 1))
+    right = F.pad(image[..., 1:] - image[..., :-1], (0, 1))
     return (down.square().sum(0) + right.square().sum(0) + _SMOOTHING**2).sqrt().sum()

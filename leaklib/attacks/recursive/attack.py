@@ -45,9 +45,10 @@ def rgap(
 ) -> RecursiveReconstruction:
     """Recover private pictures layer by layer, exactly where every layer has full rank.
 
-    Computes in float64 whatever the gradient's dtype. Piecewise-linear activations let errors of
-    float32 gradients through at their size, MSE about 1e-11; smooth ones amplify them.
-    Source: Zhu & Blaschko 2021 (R-GAP), Algorithm 1 and Eq. 5-9.
+    Computes in float64 whatever the gradient's dtype. Errors of float32 gradients grow with 1/slope
+    of the activation and with the condition of the layers: MSE about 1e-11 on CNN6 with LeakyReLU
+    of slope 0.2, worst with slope 0.01.
+    Source: Zhu & Blaschko 2021 (R-GAP), Algorithm 1.
 
     Args:
         model: a chain, see `leaklib.chain.read_chain`, in eval mode.
@@ -56,26 +57,29 @@ def rgap(
         loss: of a model with one logit; None is logistic there, and cross-entropy of the softmax
             for more logits.
         labels: (victims, 1) if known; None tries both, and the next layer's residual decides.
-        solver: of each layer, see `solve_layer`; "published" reproduces the paper's unscaled rows
-            and its float32 values between layers.
+        solver: of each layer, see `solve_layer`; "published" reproduces the released code's
+            unscaled rows and its float32 values between layers. One thing differs: the released
+            code finds the margin by 30,000 Adam steps (error about 2e-5), here it is exact.
         deficient: what to do where a layer has fewer equations than unknowns. "minimum norm" as
             published; "hybrid" adds what the layer before implies, see `fill_deficit`.
-        truncation: with solver="gradient first", singular values to leave out, see `solve_split`.
-        mixture: accept a batch of several pictures and run as if it were one; the answer is a
-            linear combination of the batch (paper, section 4.3).
+        truncation: with solver="gradient first" alone, singular values to leave out, in (0, 1),
+            see `solve_split`.
+        mixture: accept a batch of several pictures and run as if it were one. Through fully
+            connected layers the answer is one linear combination of the batch; through convolutions
+            it is noise, which the residuals show.
         pruned: refuse a gradient with many exact zeros, which are no equations, or "keep" them.
         keep_inputs: return the input found for every layer, too.
         progress: show a bar over the layers.
 
     Returns:
-        RecursiveReconstruction; pixels are not boxed. Cost: no gradient evaluation; per layer a few
-        hundred products with its own weights at most.
+        RecursiveReconstruction; pixels are not boxed. Cost: no gradient evaluation; per layer up to
+        a few thousand products with its own weights.
 
     Raises:
         ValueError: before any long work: a layer that cannot be undone, a payload that does not
             fit, several pictures, a dead layer; later: a label that contradicts its gradient.
     """
-    check_settings(solver, deficient, pruned)
+    check_settings(solver, deficient, pruned, truncation)
     published = solver == "published"
     opening = open_recursion(
         model, shared, image_shape=image_shape, loss=loss, labels=labels, mixture=mixture,

@@ -10,17 +10,18 @@ from torch import Tensor
 from leaklib.chain import ConvStage, ElementwiseStage, LinearStage, ResidualStage, Stage
 from leaklib.gradients.payload import SharedGradient
 from leaklib.layer_system.solve import SOLVERS, Solver
+from leaklib.layer_system.split import CUTOFF
 from leaklib.margin_losses import MarginLoss
 
 # A gradient of a network without ReLU has no exact zeros to speak of.
 _PRUNED_SHARE = 0.01
 
 
-def check_settings(solver: str, deficient: str, pruned: str) -> None:
-    """Refuse names that are not known.
+def check_settings(solver: str, deficient: str, pruned: str, truncation: float) -> None:
+    """Refuse names that are not known, and a truncation that is no share or has no effect.
 
     Raises:
-        ValueError: listing the known ones.
+        ValueError: listing what is known.
     """
     for what, value, known in (
         ("solver", solver, SOLVERS),
@@ -30,6 +31,16 @@ def check_settings(solver: str, deficient: str, pruned: str) -> None:
         if value not in known:
             raise ValueError(f"expected {what} among {', '.join(map(repr, known))}, got {value!r}")
     assert get_args(Solver) == SOLVERS
+    if not 0 < truncation < 1:
+        raise ValueError(
+            f"expected truncation between 0 and 1, got {truncation}; it is a share of the largest "
+            "singular value"
+        )
+    if truncation != CUTOFF and solver != "gradient first":
+        raise ValueError(
+            f'expected solver "gradient first" with truncation {truncation}, got {solver!r}, which '
+            'truncates nothing; pass solver="gradient first" or leave truncation out'
+        )
 
 
 def head_of(stages: tuple[Stage, ...]) -> tuple[int, LinearStage, ElementwiseStage | None]:
@@ -63,8 +74,9 @@ def check_gradient(
     if shared.batch != 1 and not mixture:
         raise ValueError(
             f"expected batch 1, got {shared.batch}: of a batch the recursion returns one linear "
-            "combination of its pictures; to see it pass mixture=True, to part the pictures use a "
-            "matching attack"
+            "combination of its pictures through fully connected layers, and noise through "
+            "convolutions, which the residuals show; to see it pass mixture=True, to part the "
+            "pictures use a matching attack"
         )
     if shared.protocol is not None and shared.protocol.steps > 1:
         raise ValueError(

@@ -8,8 +8,8 @@ lies on a manifold. With V a basis of the left null space of W_{i−1},
 are equations for y, R-GAP's virtual constraints; Levenberg-Marquardt solves them where there are as
 many as unknowns. Where there are not, the gradient of layer i−1 is matched too, see `null_space`.
 
-Source: Zhu & Blaschko 2021, section 3.1.2, for virtual constraints; solving them is ours, in place
-of the paper's H-GAP, which has no public code.
+Source: Zhu & Blaschko 2021 for virtual constraints, as we remember the paper; solving them is ours,
+in place of its H-GAP, which has no public code.
 """
 
 from __future__ import annotations

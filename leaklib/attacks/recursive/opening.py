@@ -64,8 +64,14 @@ def open_recursion(
 
     Raises:
         ValueError: a layer that cannot be undone, a payload that does not fit, labels out of range
-            or against the gradient.
+            or against the gradient; a loss that is no MarginLoss; a last layer that no hypothesis
+            explains.
     """
+    if loss is not None and not isinstance(loss, MarginLoss):
+        raise ValueError(
+            "expected a MarginLoss for one logit (see leaklib.margin_losses) or None, got "
+            f"{type(loss).__name__}; None is the cross-entropy where there are several logits"
+        )
     stages = read_chain(model, image_shape)
     check_payload(model, shared)
     head, last, behind = head_of(stages)
@@ -87,5 +93,13 @@ def open_recursion(
         loss=margin_loss or "softmax", labels=None if undecided else labels,
         activation=None if ignore_last_activation else behind,
     )  # fmt: skip
+    left = torch.ones(shared.victims, dtype=torch.bool, device=hypotheses.victim.device)
+    left[hypotheses.victim] = False
+    if bool(left.any()):
+        raise ValueError(
+            f"expected a last layer {last.name!r} that some label explains, got none for victim "
+            f"{int(left.nonzero()[0])}: noise left no consistent last layer; leave this victim "
+            "out, or attack by matching (leaklib.attacks.dlg)"
+        )
     tolerance = 1e-13 if shared.dtype == torch.float64 else 1e-10
     return Opening(stages[: head + 1], last, hypotheses, grads, labels, tolerance)

@@ -66,16 +66,16 @@ class RecursiveReconstruction(Reconstruction):
     def first_wrong_layer(self, *, tolerance: float = 1e-3) -> list[str | None]:
         """The layer nearest the output with a deficit or a residual above the tolerance.
 
-        None for a victim whose layers are all sound. A deficient layer answers without any residual
-        and its error shows one layer on, so the deficit counts as wrong, unless the hybrid filled
-        it. Sign flips do not count: they come from a forward pass of the picture, which one wrong
-        layer upsets in all layers behind it.
+        None for a victim whose layers are all sound. A residual that is NaN counts as wrong. A
+        deficient layer answers without any residual and its error shows one layer on, so the
+        deficit counts as wrong, unless the hybrid filled it. Sign flips do not count: they come
+        from a forward pass of the picture, which one wrong layer upsets in all layers behind it.
         """
         victims = len(self.images)
         names: list[str | None] = [None] * victims
         for layer in self.layers:  # later entries are nearer the output and overwrite
             short = (layer.deficit or 0) < 0
-            wrong = (layer.residual > tolerance) | ((layer.steps == 0) & short)
+            wrong = ~(layer.residual <= tolerance) | ((layer.steps == 0) & short)
             for victim in wrong.nonzero()[:, 0].tolist():
                 names[victim] = layer.name
         return names

@@ -25,6 +25,7 @@ from leaklib.chain import (
 from leaklib.layer_system.least_squares import least_squares
 from leaklib.layer_system.operators import LayerSystem, balanced_scale, transposed_weight_rows
 from leaklib.layer_system.solve import Solver, solve_layer
+from leaklib.rank.blocks import pooling_rank
 from leaklib.rank.counting import generic_rank
 
 
@@ -203,9 +204,7 @@ def _undo_pooling(stage: PoolStage, rows: Rows, settings: StepSettings) -> Rows:
     residual = (stage.forward(found.x) - rows.value).flatten(1).norm(dim=1)
     size = rows.value.flatten(1).norm(dim=1)
     unknowns = found.x[0].numel()
-    solved = Solved(
-        stage.name, residual / size, found.condition, unknowns, min(unknowns, rows.value[0].numel())
-    )
+    solved = Solved(stage.name, residual / size, found.condition, unknowns, pooling_rank(stage))
     return rows.after(found.x, stage.transposed(rows.grad), solved)
 
 
