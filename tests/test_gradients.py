@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import random_victims, residual_network, small_lenet, small_mlp
 from torch import nn
 
+from leaklib.data import Victims
 from leaklib.gradients import (
     FedAvg,
     SharedGradient,
@@ -17,6 +18,8 @@ from leaklib.gradients import (
     share_gradient,
     update_function,
 )
+from leaklib.margin_losses import LOGISTIC
+from leaklib.models import build
 
 
 def naive_gradients(model, victims, reduction="mean"):
@@ -224,3 +227,14 @@ def test_concatenated_releases_attack_as_one_and_refuse_to_mix():
         concatenate([shared[0], share_gradient(model, random_victims(), layers=["fc"])])
     with pytest.raises(ValueError, match="at least one"):
         concatenate([])
+
+
+def test_labels_beyond_one_logit():
+    """y = 2t − 1 of class 5 would be 9, and the gradient that of no label."""
+    model = build("mlp", input_shape=(1, 8, 8), hidden=(5,), classes=1).double()
+    victims = random_victims(classes=2)
+    with pytest.raises(ValueError, match=r"labels 0 or 1.*logistic.*labels % 2"):
+        share_gradient(model, Victims(victims.images, victims.labels + 3), loss=LOGISTIC)
+    with pytest.raises(ValueError, match=r"two logits.*loss=LOGISTIC"):
+        share_gradient(model, victims)
+    assert share_gradient(model, victims, loss=LOGISTIC).victims == 3

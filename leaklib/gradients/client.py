@@ -23,6 +23,7 @@ from leaklib.gradients.payload import (
     match_parameters,
 )
 from leaklib.gradients.stateless import batchnorm_statistics, without_side_effects
+from leaklib.margin_losses import MarginLoss
 from leaklib.precision import full_float32
 
 Loss = Callable[..., Tensor]
@@ -124,9 +125,10 @@ def share_gradient(
 
     Raises:
         ValueError: model and images differ in dtype or device, an unknown layer, dropout in train
-            mode, or a gradient that is not finite.
+            mode, labels or a loss that do not fit one logit, or a gradient that is not finite.
     """
     check_inputs(model, victims.inputs)
+    _check_one_logit(model, victims.labels, loss)
     update = update_function(
         model, loss=loss, reduction=reduction, protocol=protocol, layers=layers
     )
@@ -155,6 +157,24 @@ def share_gradient(
         }
         shared = replace(shared, statistics=stacked)
     return shared
+
+
+def _check_one_logit(model: nn.Module, labels: Tensor, loss: Loss) -> None:
+    """Refuse what one logit cannot tell: classes beyond 0 and 1, or the softmax of one class."""
+    if isinstance(loss, MarginLoss):
+        if not labels.is_floating_point() and bool(((labels < 0) | (labels > 1)).any()):
+            raise ValueError(
+                f"expected labels 0 or 1 for the {loss.name} loss of one logit, got "
+                f"{sorted(set(labels.flatten().tolist()))}; map the classes to two, for example "
+                "Victims(images, labels % 2)"
+            )
+        return
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    if loss is F.cross_entropy and matrices and len(matrices[-1]) == 1:
+        raise ValueError(
+            "expected at least two logits for cross-entropy, got one, whose softmax is always 1 "
+            "and whose gradient is zero; pass loss=LOGISTIC (leaklib.margin_losses)"
+        )
 
 
 def victim_chunk(model: nn.Module, images: Tensor) -> int:

@@ -78,6 +78,21 @@ def rgap(
     Raises:
         ValueError: before any long work: a layer that cannot be undone, a payload that does not
             fit, several pictures, a dead layer; later: a label that contradicts its gradient.
+
+    A small residual at a layer with a deficit proves nothing: many inputs fit its equations. Biases
+    are used where there are any; a network with a bias has no twins.
+
+    >>> import torch
+    >>> from leaklib.data import Victims
+    >>> from leaklib.gradients import share_gradient
+    >>> from leaklib.margin_losses import LOGISTIC
+    >>> from leaklib.models import build
+    >>> model = build("cnn6", input_shape=(3, 16, 16)).double()
+    >>> images = torch.rand(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    >>> private = Victims(images, torch.zeros(1, 1, dtype=torch.int64))
+    >>> found = rgap(model, share_gradient(model, private, loss=LOGISTIC), image_shape=(3, 16, 16))
+    >>> bool((found.images - images).abs().max() < 1e-8), found.first_wrong_layer()
+    (True, [None])
     """
     check_settings(solver, deficient, pruned, truncation)
     published = solver == "published"

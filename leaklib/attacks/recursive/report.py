@@ -81,7 +81,7 @@ class RecursiveReconstruction(Reconstruction):
         return names
 
     def table(self) -> pd.DataFrame:
-        """One row a layer and victim: layer, victim, residual, condition, sign_flips, deficit."""
+        """One row a layer and victim, with the columns of `LayerReport`, from the image on."""
         rows = []
         for layer in self.layers:
             for victim in range(len(self.images)):
@@ -90,6 +90,7 @@ class RecursiveReconstruction(Reconstruction):
                         "layer": layer.name,
                         "victim": victim,
                         "unknowns": layer.unknowns,
+                        "rank": layer.rank,
                         "deficit": layer.deficit,
                         "residual": float(layer.residual[victim]),
                         "condition": float(layer.condition[victim]),
