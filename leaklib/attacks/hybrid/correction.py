@@ -72,17 +72,26 @@ def layer_problem(
     target = shared.replace({n: shared.tensors[n][rows.victim] for n in names})
     assert rows.system is not None
     assert rows.target is not None
-    # the published penalty takes the rows as they are
-    system = replace(rows.system, scale=torch.ones_like(rows.system.scale))
-    right = (rows.target[0], rows.target[1] / rows.system.scale.view(-1, 1, 1, 1, 1))
+    # The published penalty takes the rows as they are. The gradient's own precision is enough for
+    # it: the cosine beside it sees no more.
+    system = replace(
+        rows.system,
+        weight=rows.system.weight.to(dtype),
+        preactivation_grad=rows.system.preactivation_grad.to(dtype),
+        scale=torch.ones_like(rows.system.scale, dtype=dtype),
+    )
+    grad = rows.target[1] / rows.system.scale.view(-1, 1, 1, 1, 1)
+    right = (rows.target[0].to(dtype), grad.to(dtype))
+    everyone = torch.arange(len(rows.value), device=shared.device)
 
     def penalty(images: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        part = system.select(chosen)
-        image = images[:, 0].double()
-        wrong = tuple(a - b[chosen] for a, b in zip(part.rows(image), right, strict=True))
+        part, goal = system, right
+        if not torch.equal(chosen, everyone):  # selecting copies the rows
+            part, goal = system.select(chosen), (right[0][chosen], right[1][chosen])
+        wrong = tuple(a - b for a, b in zip(part.rows(images[:, 0]), goal, strict=True))
         value = torch.stack([w.flatten(1).square().sum(1) for w in wrong]).sum(0)
-        slope, weight = 2 * part.adjoint(wrong), correction.system
-        return (weight * value).to(dtype), (weight * slope).to(dtype)[:, None]
+        slope, weight = part.adjoint(wrong), correction.system
+        return weight * value, (2 * weight * slope)[:, None]
 
     return matching_problem(
         behind, target, image_shape=stage.input_shape, labels=rows.label[:, None], classes=0,
