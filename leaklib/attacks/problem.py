@@ -10,14 +10,15 @@ evaluations), for all rows of a chunk in one `vmap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from leaklib.attacks.distances import DISTANCES
+from leaklib.attacks.distances import DISTANCES, tensor_weights
 from leaklib.attacks.priors import statistics_distance, total_variation
 from leaklib.gradients.client import Loss, update_function, victim_chunk
 from leaklib.gradients.payload import SharedGradient, Statistics, check_payload, match_parameters
@@ -122,7 +123,7 @@ def matching_problem(
     names = match_parameters(
         shared.names, shared.names if matching.layers is None else matching.layers
     )
-    weights = _weights(names, matching.layer_weights or {})
+    weights = tensor_weights(names, matching.layer_weights or {})
     update = update_function(
         model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names
     )
@@ -133,14 +134,7 @@ def matching_problem(
     shapes: dict[str, tuple[int, ...]] = {"images": pixels}
     if labels is None:
         shapes["label_logits"] = (shared.batch, classes, *label_shape)
-    sizes = {name: _numel(shape) for name, shape in shapes.items()}
-
-    def pack(variables: Variables) -> Tensor:
-        return torch.cat([variables[name].flatten(1) for name in shapes], dim=1)
-
-    def unpack(x: Tensor) -> Variables:
-        parts = x.split(list(sizes.values()), dim=1)
-        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+    pack, unpack = packing(shapes)
 
     def one(
         variables: Variables, label: Tensor, target: dict[str, Tensor], stats: Statistics
@@ -209,15 +203,25 @@ def matching_problem(
     return Problem(shapes, evaluate, pack, unpack)
 
 
-def _weights(names: Iterable[str], layer_weights: Mapping[str, float]) -> dict[str, float]:
-    """Weight of each compared tensor; a layer named twice takes the last word."""
-    weights = dict.fromkeys(names, 1.0)
-    for layer, weight in layer_weights.items():
-        if not weight >= 0:
-            raise ValueError(f"expected a weight >= 0 for layer {layer!r}, got {weight}")
-        for name in match_parameters(weights, [layer]):
-            weights[name] = float(weight)
-    return weights
+def packing(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Callable[[Variables], Tensor], Callable[[Tensor], Variables]]:
+    """Variables as flat vectors and back, see `Problem`.
+
+    >>> pack, unpack = packing({"images": (1, 2), "label_logits": (3,)})
+    >>> unpack(torch.arange(5.0)[None])
+    {'images': tensor([[[0., 1.]]]), 'label_logits': tensor([[2., 3., 4.]])}
+    """
+    sizes = [prod(shape) for shape in shapes.values()]
+
+    def pack(variables: Variables) -> Tensor:
+        return torch.cat([variables[name].flatten(1) for name in shapes], dim=1)
+
+    def unpack(x: Tensor) -> Variables:
+        parts = x.split(sizes, dim=1)
+        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+
+    return pack, unpack
 
 
 def _known_statistics(model: nn.Module, shared: SharedGradient) -> Statistics:
@@ -237,10 +241,3 @@ def _known_statistics(model: nn.Module, shared: SharedGradient) -> Statistics:
             "expected a model with BatchNorm layers for bn_weight > 0, got none; set bn_weight=0"
         )
     return known
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -58,9 +58,9 @@ def vit(
     hidden: int = 256,
     bias: bool = False,
 ) -> nn.Sequential:
-    """The transformer of PPP's authors: 4x4 patches, four pre-norm blocks, a class token.
+    """The transformer of PPP's authors: 4x4 patches, 4 pre-norm blocks of width 256.
 
-    1,609,216 parameters on 3x32x32 with 10 classes, width 256 throughout. `bias` is that of every linear map; the layer
+    1,609,216 parameters on 3x32x32 with 10 classes. `bias` is that of every linear map; the layer
     norms keep their shift. The released code has its activation behind both linear maps of a
     block's network; here, as usual, it stands between them.
 
