@@ -151,7 +151,7 @@ def matching_problem(
             def prior(images: Tensor) -> Tensor:
                 total = matching.tv_weight * total_variation(images)
                 if matching.bn_weight:
-                    measured = measure(images)
+                    measured = measure(images, {})
                     total = total + matching.bn_weight * statistics_distance(measured, stats)
                 return total
 
