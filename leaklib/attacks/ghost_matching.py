@@ -12,13 +12,13 @@ every parameter gradient of every row several times a step instead. Both are exa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
 from leaklib.attacks.distances import positive, tensor_weights
 from leaklib.attacks.ghost_targets import (
@@ -32,9 +32,17 @@ from leaklib.attacks.ghost_targets import (
 )
 from leaklib.attacks.priors import total_variation
 from leaklib.attacks.problem import Matching, Penalty, Problem, Variables, packing
+from leaklib.defenses.bottleneck import VariationalBottleneck
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient, check_payload, match_parameters
 from leaklib.gradients.stateless import without_side_effects
+from leaklib.gradients.stochastic import (
+    Noise,
+    add_losses,
+    check_noise,
+    collected_losses,
+    noise_shapes,
+)
 from leaklib.influence.ghost_plan import hooked
 from leaklib.margin_losses import MarginLoss
 from leaklib.models import Normalise
@@ -42,6 +50,7 @@ from leaklib.models.initialisation import ACTIVATIONS
 
 # Exact types: a subclass may mix samples.
 _ELEMENTWISE = (Normalise, *{type(make()) for make in ACTIVATIONS.values()})
+_LINKS = (nn.Sequential, nn.Linear, VariationalBottleneck, *_ELEMENTWISE)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -65,12 +74,14 @@ def ghost_problem(
     loss: Loss,
     label_shape: tuple[int, ...] = (),
     penalty: Penalty | None = None,
+    noise: Callable[[Tensor], Noise] | None = None,
+    extra_losses: bool = True,
 ) -> Problem | None:
     """Build the objective of `matching_problem` from activations, where that is possible.
 
-    It is for a chain of linear layers, elementwise activations, flattening and normalisation; a
-    single gradient, not a FedAvg update; cross-entropy or a loss of one logit; no prior on
-    BatchNorm statistics.
+    It is for a chain of linear layers, elementwise activations, flattening, normalisation and
+    PRECODE's bottleneck; a single gradient, not a FedAvg update; cross-entropy or a loss of one
+    logit; no prior on BatchNorm statistics.
 
     Cost: two forward and two backward passes of all rows together, without weight gradients. Where
     a defense perturbed a layer, also two passes over its released gradient.
@@ -86,19 +97,22 @@ def ghost_problem(
         loss: the client's loss.
         label_shape: axes of one input's label beside its class.
         penalty: a further term of the objective, for all rows at once.
+        noise: rows (k,) -> the noise of a stochastic model for them, as `draw_noise` gives it for k
+            clients; called once an evaluation.
+        extra_losses: add what the model's layers add to the loss, as in `update_function`.
 
     Returns:
         The problem, with the values and gradients of `matching_problem`; None where that one is
         needed.
 
     Raises:
-        ValueError: as `matching_problem`.
+        ValueError: as `matching_problem`; when evaluated, noise that does not fit the model.
     """
     steps = shared.protocol.steps if shared.protocol else 1
     known_loss = loss is F.cross_entropy or isinstance(loss, MarginLoss)
     if steps > 1 or not known_loss or matching.bn_weight or label_shape:
         return None
-    if not _is_chain(model) or not _accepts(model, shared, image_shape):
+    if not _is_chain(model) or not _accepts(model, image_shape):
         return None
     check_payload(model, shared)
     if matching.tv_weight and len(image_shape) != 3:
@@ -113,7 +127,7 @@ def ghost_problem(
         for part in layers.values()
         if part.weight is not None
     }
-    frozen = without_side_effects(model).requires_grad_(False)
+    frozen = without_side_effects(model, noise=True).requires_grad_(False)
     modules = {name: frozen.get_submodule(name) for name in layers}
     shapes: dict[str, tuple[int, ...]] = {"images": (shared.batch, *image_shape)}
     if labels is None:
@@ -121,7 +135,7 @@ def ghost_problem(
     pack, unpack = packing(shapes)
 
     def activations(
-        variables: Variables, victims: Tensor
+        variables: Variables, victims: Tensor, drawn: Noise
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Inputs and output gradients of the layers, (rows, batch, features)."""
         inputs: dict[str, Tensor] = {}
@@ -131,14 +145,18 @@ def ghost_problem(
             inputs[name], outputs[name] = value, output
             return output
 
-        with hooked(modules, note):
-            logits = frozen(variables["images"].flatten(0, 1))
+        # the first and only local step, rows and batch as one axis
+        buffers = {n: epsilon[:, 0].flatten(0, 1) for n, epsilon in drawn.items()}
+        with hooked(modules, note), collected_losses() as terms:
+            logits = functional_call(frozen, buffers, (variables["images"].flatten(0, 1),))
         if labels is None:
             label = variables["label_logits"].softmax(2).flatten(0, 1)
         else:
             label = labels[victims].flatten(0, 1)
         # the sum over rows: no row's loss depends on another row
         total = loss(logits, label, reduction="sum")
+        if extra_losses:
+            total = add_losses(total, terms, "sum")
         if shared.reduction == "mean":
             total = total / shared.batch
         deltas = torch.autograd.grad(total, list(outputs.values()), create_graph=True)
@@ -148,8 +166,8 @@ def ghost_problem(
             {n: d.unflatten(0, each) for n, d in zip(outputs, deltas, strict=True)},
         )
 
-    def objective(variables: Variables, rows: Rows) -> Tensor:
-        inputs, deltas = activations(variables, rows.victims)
+    def objective(variables: Variables, rows: Rows, drawn: Noise) -> Tensor:
+        inputs, deltas = activations(variables, rows.victims, drawn)
         terms: dict[str, Tensor] = {}
         for name, part in layers.items():
             a, delta = inputs[name], deltas[name]
@@ -168,7 +186,9 @@ def ghost_problem(
     @torch.enable_grad()
     def evaluate(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         variables = {n: v.detach().requires_grad_() for n, v in unpack(x).items()}
-        value = objective(variables, choose_rows(rows // restarts, shared.victims))
+        drawn = noise(rows) if noise is not None else {}
+        check_noise(frozen, drawn)
+        value = objective(variables, choose_rows(rows // restarts, shared.victims), drawn)
         slopes = torch.autograd.grad(value.sum(), list(variables.values()))
         value, gradient = value.detach(), pack(dict(zip(variables, slopes, strict=True)))
         if penalty is None:
@@ -196,10 +216,10 @@ def _is_link(module: nn.Module) -> bool:
         return module.start_dim == 1 and module.end_dim == -1
     if type(module) in _DROPOUT:
         return not module.training  # in train mode the generic problem says what to do
-    return type(module) in (nn.Sequential, nn.Linear, *_ELEMENTWISE)
+    return type(module) in _LINKS
 
 
-def _accepts(model: nn.Module, shared: SharedGradient, image_shape: tuple[int, ...]) -> bool:
+def _accepts(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
     """Whether every linear layer meets one vector a sample, and the model takes such an input."""
     vectors: list[bool] = []
 
@@ -209,9 +229,10 @@ def _accepts(model: nn.Module, shared: SharedGradient, image_shape: tuple[int, .
 
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     first = next(model.parameters())
+    still = {n: first.new_zeros(shape[1:]) for n, shape in noise_shapes(model, 1).items()}
     try:
         with torch.no_grad(), hooked(linear, note):
-            model(first.new_zeros(1, *image_shape))
+            functional_call(model, still, (first.new_zeros(1, *image_shape),))
     except RuntimeError:
         return False  # the generic problem reports it
     return len(vectors) == len(linear) and all(vectors)

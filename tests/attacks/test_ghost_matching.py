@@ -1,10 +1,13 @@
 """Matching from activations, against the generic problem and against dense arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_victims, small_lenet, small_mlp
 from torch import nn
+from torch.func import functional_call
 
 from leaklib.attacks import Matching
 from leaklib.attacks.ghost_matching import ghost_problem
@@ -16,8 +19,8 @@ from leaklib.attacks.ghost_targets import (
     squared_norm,
 )
 from leaklib.attacks.problem import matching_problem
-from leaklib.defenses import Compose, GaussianNoise, Only, Prune
-from leaklib.gradients import FedAvg, share_gradient
+from leaklib.defenses import Compose, GaussianNoise, Only, Prune, insert_bottleneck
+from leaklib.gradients import FedAvg, collected_losses, draw_noise, share_gradient
 from leaklib.margin_losses import LOGISTIC
 from leaklib.models import build
 
@@ -155,6 +158,79 @@ def test_a_dead_network_has_a_finite_objective():
     for matching in (Matching("l2"), Matching("layer_cosine")):
         ghost, generic = both(model, shared, labels=victims.labels, matching=matching)
         assert_same(ghost, generic, point(ghost, 3), torch.arange(3))
+
+
+def naive(model, shared, images, label, noise, *, row, victim, matching, extra):
+    """Value and image gradient of one row by double backward through every parameter."""
+    images = images[row].clone().requires_grad_()
+    with collected_losses() as terms:
+        logits = functional_call(model, {n: e[row, 0] for n, e in noise.items()}, (images,))
+    loss = F.cross_entropy(logits, label[victim], reduction=shared.reduction)
+    if extra:
+        loss = loss + sum(t.mean() if shared.reduction == "mean" else t.sum() for t in terms)
+    names, params = zip(*model.named_parameters(), strict=True)
+    grads = dict(zip(names, torch.autograd.grad(loss, params, create_graph=True), strict=True))
+    kept = [n for n in names if any(n.startswith(layer) for layer in matching.layers or ("",))]
+    mine = torch.cat([grads[n].flatten() for n in kept])
+    theirs = torch.cat([shared.tensors[n][victim].flatten() for n in kept])
+    if matching.distance == "l2":
+        value = (mine - theirs).square().sum()
+    else:
+        value = 1 - torch.cosine_similarity(mine, theirs, dim=0)
+    return value.detach(), torch.autograd.grad(value, images)[0].flatten()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "matching",
+    [Matching("l2"), Matching("cosine"), Matching("cosine", layers=("hidden1", "fc.bottleneck"))],
+    ids=["l2", "cosine", "ignore decoder and head"],
+)
+def test_a_bottleneck_with_noise_of_its_own_in_every_row(batch, extra, reduction, matching):
+    layers = ("hidden1", "fc.bottleneck.encoder")
+    matching = replace(matching, layers=layers if matching.layers else None)
+    model = small_mlp(activation="gelu")
+    model = insert_bottleneck(model, image_shape=SHAPE, width=4, kl_weight=0.3)
+    victims = random_victims(batch=batch)
+    shared = share_gradient(model, victims, generator=rng(), reduction=reduction)
+    shared = Only(["hidden1"], GaussianNoise(1e-2))(shared, generator=rng(1))
+    drawn = draw_noise(model, batch, generator=rng(2), clients=6)
+    asked = []
+
+    def noise(rows):
+        asked.append(rows.tolist())
+        return {n: e[rows] for n, e in drawn.items()}
+
+    problem = ghost_problem(
+        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10, matching=matching,
+        restarts=2, loss=F.cross_entropy, noise=noise, extra_losses=extra,
+    )  # fmt: skip
+    x, rows = point(problem, 6), torch.tensor([0, 1, 3, 5])
+    value, gradient = problem.evaluate(x[rows], rows)
+    assert asked == [rows.tolist()]
+    for i, row in enumerate(rows.tolist()):
+        expected, slope = naive(
+            model, shared, problem.unpack(x)["images"], victims.labels, drawn, row=row,
+            victim=row // 2, matching=matching, extra=extra,
+        )  # fmt: skip
+        torch.testing.assert_close(value[i], expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(gradient[i], slope, rtol=1e-9, atol=1e-12)
+
+
+def test_a_bottleneck_needs_its_noise_and_leaves_the_global_generator_alone():
+    model = insert_bottleneck(small_mlp(), image_shape=SHAPE, width=4)
+    victims = random_victims()
+    shared = share_gradient(model, victims, generator=rng())
+    before = torch.random.get_rng_state()
+    problem = ghost_problem(
+        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10, matching=Matching(),
+        restarts=1, loss=F.cross_entropy,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected noise for \['fc.bottleneck.noise'\], got none"):
+        problem.evaluate(point(problem, 3), torch.arange(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 class Twin(nn.Module):
