@@ -316,7 +316,8 @@ def test_the_noise_of_a_defense_is_not_that_of_the_layers_and_never_repeats():
 
     model = insert_bottleneck(small_mlp(), image_shape=SHAPE, width=2)
     noises = []
-    model.fc.bottleneck.register_forward_pre_hook(lambda *_: noises.append(torch.random.get_rng_state()))
+    keep = lambda *_: noises.append(torch.random.get_rng_state())  # noqa: E731
+    model.fc.bottleneck.register_forward_pre_hook(keep)
     train_federated(model, some_data(), generator=rng(), federation=FEDERATION, defense=Spy())
     drawn = torch.stack(seen)
     assert len(drawn) == 4 * 3 * 2
