@@ -43,6 +43,7 @@ def kl_divergence(mean: Tensor, spread: Tensor, *, unit: KL = "bits") -> Tensor:
 
     Zero where the code is standard normal, softplus(ln(e − 1)) = 1:
 
+    >>> import torch
     >>> s = torch.tensor(math.e - 1).log()
     >>> bool(kl_divergence(torch.tensor(0.0), s).abs() < 1e-6)
     True
@@ -73,6 +74,7 @@ class VariationalBottleneck(StochasticLayer):
     Raises:
         ValueError: a setting out of range.
 
+    >>> import torch
     >>> VariationalBottleneck((3, 4, 4), width=8)(torch.ones(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
     """
@@ -132,6 +134,7 @@ class ConvolutionalBottleneck(StochasticLayer):
     Raises:
         ValueError: a setting out of range, or features that are no maps.
 
+    >>> import torch
     >>> ConvolutionalBottleneck((16, 6, 6))(torch.ones(2, 16, 6, 6)).shape
     torch.Size([2, 16, 6, 6])
     """

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bottleneck_reference import naive_loss
 from conftest import random_victims, small_mlp
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
@@ -34,21 +35,6 @@ def seeded(seed=0):
 
 def bottled(**settings):
     return insert_bottleneck(small_mlp(), image_shape=(1, 8, 8), **{"width": 5} | settings)
-
-
-def naive_loss(model, images, labels, noise, *, beta, reduction="mean"):
-    """CE + β KL in bits by hand and by torch.distributions."""
-    features = model.hidden1(images.flatten(1)).relu()
-    pair = model.fc
-    out = pair.bottleneck.encoder(features)
-    width = out.shape[1] // 2
-    mean, deviation = out[:, :width], F.softplus(out[:, width:])
-    code = mean + noise * deviation
-    logits = pair.layer(pair.bottleneck.decoder(code))
-    prior = Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    bits = reference_kl(Normal(mean, deviation), prior).sum(1) / math.log(2)
-    loss = F.cross_entropy(logits, labels, reduction=reduction)
-    return loss + beta * (bits.mean() if reduction == "mean" else bits.sum())
 
 
 def naive_gradient(model, images, labels, noise, **settings):
