@@ -7,25 +7,34 @@ checkpoint ends with the same bits as one that was not (on the CPU).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from leaklib.checkpoint import digest, read_checkpoint, write_checkpoint
 from leaklib.data import ImageSet
+from leaklib.defenses import Defense
 from leaklib.files import prepare_folder
+from leaklib.gradients.stochastic import stochastic_layers
 from leaklib.seeding import global_seed
-
-State = dict[str, Tensor]
-OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+from leaklib.training_steps import (
+    Evaluation,
+    State,
+    checked_images,
+    copy_weights,
+    defended_steps,
+    device_of,
+    make_optimiser,
+    measure,
+    mode,
+    one_epoch,
+)
 
 
 @dataclass(frozen=True)
@@ -42,23 +51,6 @@ class TrainingResult:
     states: Mapping[int, State]
 
 
-class Evaluation(NamedTuple):
-    """Accuracy in [0, 1] and mean cross-entropy in nats."""
-
-    accuracy: float
-    loss: float
-
-
-class _Data(NamedTuple):
-    images: Tensor
-    labels: Tensor
-    highest: int  # label; read once, since reading from a GPU makes it wait
-
-    @property
-    def tensors(self) -> State:
-        return {"images": self.images, "labels": self.labels}
-
-
 def train(
     model: nn.Module,
     data: ImageSet | tuple[Tensor, Tensor],
@@ -72,9 +64,11 @@ def train(
     progress: bool = False,
     validation: ImageSet | tuple[Tensor, Tensor] | None = None,
     keep_epochs: Collection[int] = (),
+    defense: Defense | None = None,
 ) -> TrainingResult:
     """Minimise the mean cross-entropy over shuffled batches, in place.
 
+    What stochastic layers add to the loss, such as a bottleneck's divergence, is minimised with it.
     The model is in train mode meanwhile and gets its former mode back. Images follow the model's
     device and dtype batch by batch. Layers that draw random numbers, such as dropout, draw from a
     stream that `generator` seeds anew each epoch; the global generators stay untouched.
@@ -93,6 +87,8 @@ def train(
         progress: show a bar with the time left.
         validation: images that are only measured, after each epoch.
         keep_epochs: epochs whose weights to return; 0 is before training.
+        defense: transforms the gradient of every step before the optimiser sees it, as a client
+            does that never lets the raw one leave; its draws are of each epoch's stream too.
 
     Returns:
         The history and the kept weights.
@@ -103,9 +99,9 @@ def train(
         FloatingPointError: the loss is no longer finite.
     """
     _check_settings(epochs, batch_size, lr, keep_epochs)
-    seen = _checked(data, "data")
-    held_out = None if validation is None else _checked(validation, "validation")
-    steps = _optimiser(model, optimiser, lr)
+    seen = checked_images(data, "data")
+    held_out = None if validation is None else checked_images(validation, "validation")
+    steps = make_optimiser(model, optimiser, lr)
     path = None if checkpoint is None else Path(checkpoint)
     settings: dict[str, Any] = {}
     if path is not None:
@@ -118,9 +114,10 @@ def train(
             "validation": held_out and digest(held_out.tensors),
             "initial weights": digest(model.state_dict()),
             "generator": digest({"state": generator.get_state()}),
+            "defense": None if defense is None else repr(defense),
         }
     history: list[dict[str, float]] = []
-    states = {0: _copy(model)} if 0 in keep_epochs else {}
+    states = {0: copy_weights(model)} if 0 in keep_epochs else {}
     if path is not None and (saved := read_checkpoint(path, settings=settings)) is not None:
         _check_resumable(path, saved, epochs, keep_epochs)
         model.load_state_dict(saved["model"])
@@ -130,24 +127,27 @@ def train(
     batches = math.ceil(len(seen.images) / batch_size)
     done, total = len(history) * batches, epochs * batches
     bar = tqdm(initial=done, total=total, unit="batch", disable=not progress)
-    with bar, _mode(model, training=True), torch.enable_grad():
+    with bar, mode(model, training=True), torch.enable_grad():
         for epoch in range(len(history) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch} of {epochs}")
             seed = torch.randint(2**31, (), generator=generator, device=generator.device)
-            with global_seed(int(seed), _device(model)):
-                row = _one_epoch(model, seen, steps, batch_size, generator, bar)
+            with global_seed(int(seed), device_of(model)):
+                defend = None
+                if defense is not None:
+                    defend = defended_steps(defense, int(seed), device_of(model))
+                row = one_epoch(model, seen, steps, batch_size, generator, bar, defend)
                 if not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"loss {row['loss']} in epoch {epoch}: lower lr={lr}")
                 if held_out is not None:
-                    accuracy, loss = _evaluate(model, held_out)
+                    accuracy, loss = measure(model, held_out)
                     row |= {"validation_loss": loss, "validation_accuracy": accuracy}
             history.append({"epoch": epoch, **row})
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
             if epoch in keep_epochs:
-                states[epoch] = _copy(model)
+                states[epoch] = copy_weights(model)
             if path is not None:
                 content: dict[str, Any] = {
-                    "model": _copy(model),
+                    "model": copy_weights(model),
                     "steps": steps.state_dict(),
                     "generator": generator.get_state(),
                     "history": history,
@@ -160,85 +160,53 @@ def train(
 
 
 def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 512,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
 ) -> Evaluation:
     """Accuracy and mean cross-entropy in eval mode; the model gets its former mode back.
+
+    A model that draws noise in eval mode too, as PRECODE's does, is measured with fresh noise for
+    every image and draw; the answer is the mean over the draws, not the vote of their logits.
 
     Args:
         model: logits (images, classes) from images.
         images: (images, channels, height, width); moved to the model's device and dtype.
         labels: (images,) int64.
-        batch_size: images at a time; changes speed and memory only.
+        batch_size: images at a time; changes speed, memory and the order of the noise only.
+        draws: passes over the images with fresh noise; a deterministic model needs one.
+        generator: seeds the noise; needed by a model that draws, else left alone.
 
     Returns:
         (accuracy, loss), also by name.
 
     Raises:
-        ValueError: shapes or labels that do not fit the model or each other.
+        ValueError: shapes or labels that do not fit the model or each other, no draw, or a model
+            that draws noise without a generator.
     """
-    return _evaluate(model, _checked((images, labels), "images and labels"), batch_size)
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, data: _Data, batch_size: int = 512) -> Evaluation:
-    loss, hits = 0.0, 0
-    with _mode(model, training=False):
-        for rows in torch.arange(len(data.images)).split(batch_size):
-            logits, target = _forward(model, data, rows)
-            loss += cross_entropy(logits, target, reduction="sum").item()
-            hits += int((logits.argmax(1) == target).sum())
-    return Evaluation(accuracy=hits / len(data.images), loss=loss / len(data.images))
-
-
-def _one_epoch(
-    model: nn.Module,
-    data: _Data,
-    steps: torch.optim.Optimizer,
-    batch_size: int,
-    generator: torch.Generator,
-    bar: tqdm,
-) -> dict[str, float]:
-    loss_sum = torch.zeros((), device=_device(model))
-    hits = torch.zeros((), device=_device(model), dtype=torch.int64)
-    order = torch.randperm(len(data.images), generator=generator, device=generator.device)
-    for rows in order.to(data.images.device).split(batch_size):
-        logits, target = _forward(model, data, rows)
-        loss = cross_entropy(logits, target)
-        steps.zero_grad()
-        loss.backward()
-        steps.step()
-        # the sums stay on the device: reading them at every step would make a GPU wait
-        loss_sum = loss_sum + loss.detach() * len(rows)
-        hits = hits + (logits.argmax(1) == target).sum()
-        bar.update()
-    count = len(data.images)
-    return {"loss": loss_sum.item() / count, "accuracy": hits.item() / count}
-
-
-def _forward(model: nn.Module, data: _Data, rows: Tensor) -> tuple[Tensor, Tensor]:
-    weight = next(model.parameters())
-    logits = model(data.images[rows].to(weight.device, weight.dtype))
-    # an impossible label is an unreadable assertion on a GPU
-    if logits.ndim != 2 or logits.shape[1] <= data.highest:
-        raise ValueError(
-            f"expected logits (images, classes) for labels up to {data.highest}, got "
-            f"{tuple(logits.shape)}; build the model with classes={data.highest + 1} or more"
-        )
-    return logits, data.labels[rows].to(weight.device)
-
-
-def _checked(data: ImageSet | tuple[Tensor, Tensor], what: str) -> _Data:
-    images, labels = data if isinstance(data, tuple) else (data.images, data.labels)
-    if images.ndim != 4 or labels.shape != images.shape[:1] or len(images) == 0:
-        raise ValueError(
-            f"{what}: expected images (images, channels, height, width) and labels (images,), "
-            f"at least one, got {tuple(images.shape)} and {tuple(labels.shape)}"
-        )
-    if not images.is_floating_point() or not images.isfinite().all():
-        raise ValueError(f"{what}: expected finite floating-point pixels, got {images.dtype}")
-    if labels.dtype != torch.int64 or labels.min() < 0:
-        raise ValueError(f"{what}: expected int64 labels from 0, got {labels.dtype}")
-    return _Data(images, labels, int(labels.max()))
+    data = checked_images((images, labels), "images and labels")
+    if draws < 1:
+        raise ValueError(f"expected draws >= 1, got {draws}")
+    with mode(model, training=False):
+        drawing = stochastic_layers(model)
+        if not drawing:
+            return measure(model, data, batch_size)
+        if generator is None:
+            raise ValueError(
+                f"expected a generator for the noise of {', '.join(drawing)}, got none; pass "
+                "generator=torch.Generator().manual_seed(seed)"
+            )
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        with global_seed(seed, device_of(model)):
+            measured = [measure(model, data, batch_size) for _ in range(draws)]
+    return Evaluation(
+        accuracy=sum(one.accuracy for one in measured) / draws,
+        loss=sum(one.loss for one in measured) / draws,
+    )
 
 
 def _check_settings(epochs: int, batch_size: int, lr: float, keep_epochs: Collection[int]) -> None:
@@ -267,32 +235,3 @@ def _check_resumable(
             f"{path} is at epoch {done} and did not keep epochs {missed}: "
             "leave them out of keep_epochs, or name another file"
         )
-
-
-def _optimiser(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if not weights:
-        raise ValueError("expected a parameter with requires_grad=True, got none; unfreeze one")
-    if name not in OPTIMISERS:
-        raise ValueError(f"unknown optimiser {name!r}: choose one of {', '.join(OPTIMISERS)}")
-    return OPTIMISERS[name](weights, lr=lr)
-
-
-def _copy(model: nn.Module) -> State:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or eval mode; afterwards every module is in the mode it came with."""
-    former = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in former.items():
-            module.training = mode

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import leaklib.checkpoint
-import leaklib.training
+import leaklib.training_steps
 from leaklib.training import train
 
 
@@ -49,14 +49,14 @@ def whole_run(**changes):
 
 
 def kill_after(batches, monkeypatch):
-    forward, count = leaklib.training._forward, iter(range(batches))
+    forward, count = leaklib.training_steps.forward, iter(range(batches))
 
     def dying(model, data, rows):
         if model.training and next(count, None) is None:
             raise KeyboardInterrupt
         return forward(model, data, rows)
 
-    monkeypatch.setattr(leaklib.training, "_forward", dying)
+    monkeypatch.setattr(leaklib.training_steps, "forward", dying)
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "sgd"])

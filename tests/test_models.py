@@ -2,11 +2,14 @@
 
 import doctest
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
+from leaklib.data import load_images
 from leaklib.models import (
     available_models,
     build,
@@ -33,12 +36,29 @@ def test_doctests():
         ("mlp", {}, 4_206_602),
         # the other perceptron of the PPP dossier: 3072-512-512-10 without biases
         ("mlp", {"hidden": (512, 512), "bias": False}, 3072 * 512 + 512 * 512 + 512 * 10),
+        # as released there: depth 3 is three hidden layers
+        (
+            "mlp",
+            {"hidden": (512,) * 3, "bias": False, "activation": "gelu"},
+            3072 * 512 + 2 * 512 * 512 + 512 * 10,
+        ),
+        ("cnn", {}, 16 * (3 * 25 + 1) + 32 * (16 * 25 + 1) + 64 * (32 * 25 + 1) + 65 * 10),
+        ("cnn", {}, 65_962),
+        (
+            "vit",
+            {},
+            # patches, class token and positions, four blocks of six maps and two norms, norm, fc
+            48 * 256 + 66 * 256 + 4 * (6 * 256**2 + 4 * 256) + 2 * 256 + 256 * 10,
+        ),
+        ("vit", {}, 1_609_216),
         ("convnet", {}, 2_904_970),
         # a bias and no normalisation: 2 numbers per channel fewer
         ("convnet", {"norm": "none"}, 2_904_970 - 2 * 64 * (1 + 2 + 2 + 5 * 4)),
         ("resnet18", {}, 11_173_962),
         ("resnet18", {"norm": "group"}, 11_173_962),
         ("resnet18", {"input_shape": (1, 28, 28)}, 11_172_810),
+        # torchvision's 11,689,512 of 1000 classes, with the last layer for 10
+        ("resnet18", {"norm": "group", "stem": "imagenet"}, 11_689_512 - 513 * 1000 + 513 * 10),
     ],
 )
 def test_parameter_counts_of_the_papers(name, settings, count):
@@ -74,6 +94,14 @@ def test_layer_shapes():
         (512, 4, 4),
     ]
     assert resnet["flatten"] == (512,)
+    resnet = layer_shapes(build("resnet18", norm="group", stem="imagenet"), (3, 32, 32))
+    assert resnet["conv1"] == (64, 16, 16)
+    assert [resnet[f"layer{i}"][1] for i in (1, 2, 3, 4)] == [8, 4, 2, 1]
+    cnn = layer_shapes(build("cnn"), (3, 32, 32))
+    assert [cnn[f"conv{i}"] for i in (1, 2, 3)] == [(16, 14, 14), (32, 5, 5), (64, 1, 1)]
+    vit = layer_shapes(build("vit"), (3, 32, 32))
+    assert vit["tokens"] == vit["block4"] == (65, 256)
+    assert vit["first"] == (256,)
 
 
 def test_the_smallest_images():
@@ -89,6 +117,29 @@ def test_the_smallest_images():
     # the bound is tight: the convolutions cannot take 8 pixels
     with pytest.raises(RuntimeError, match="too small"):
         build("convnet", width=2, input_shape=(3, 9, 9))(torch.rand(1, 3, 8, 9))
+
+
+def test_the_bounds_of_the_strided_networks_are_tight():
+    images = torch.rand(1, 3, 28, 28)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        build("cnn", input_shape=(3, 29, 29))(images)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit", "mlp", "resnet18"])
+def test_the_networks_of_ppps_authors_take_grey_pictures_of_another_size(name):
+    digits = load_images("digits28", 2, size=32, channels=3)
+    assert digits.images.shape == (2, 3, 32, 32)
+    assert build(name, normalisation="mnist")(digits.images).shape == (2, 10)
+
+
+def test_resnet_of_torchvision():
+    """stem="imagenet" computes what torchvision's own constructor with these weights does."""
+    ours = build("resnet18", norm="group", stem="imagenet", classes=7, seed=3)
+    layer = partial(torch.nn.GroupNorm, 2)
+    theirs = resnet18(num_classes=7, norm_layer=layer)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 40, 32)
+    torch.testing.assert_close(ours(images), theirs.eval()(images))
 
 
 def test_models_come_in_eval_mode():
@@ -119,7 +170,7 @@ def test_constants_of_the_papers():
 def test_listing():
     models = available_models()
     assert list(models) == [
-        "lenet", "lenet4", "linear", "mlp", "convnet", "resnet18",
+        "lenet", "lenet4", "linear", "mlp", "convnet", "resnet18", "cnn", "vit",
         "cnn6", "cnn6-d", "fcn3", "lenet-rgap", "chain", "resnet-small", *copa_networks.PLANS,
     ]  # fmt: skip
     assert models["lenet"].startswith("DLG's LeNet: three 5x5 convolutions")
@@ -161,6 +212,10 @@ def test_registering_a_network(monkeypatch):
         ({"name": "linear", "activation": "relu"}, "'linear' has no activation"),
         ({"name": "convnet", "norm": "layer"}, "unknown norm 'layer'.*batch, group, none"),
         ({"name": "resnet18", "norm": "none"}, "unknown norm 'none'.*batch, group"),
+        ({"name": "resnet18", "stem": "none"}, "unknown stem 'none'.*cifar, imagenet"),
+        ({"name": "cnn", "input_shape": (1, 28, 28)}, "28x28 pixels: the smallest are 29x29"),
+        ({"name": "vit", "input_shape": (1, 30, 32)}, "patches of 4x4 tile, got 30x32; resize"),
+        ({"name": "vit", "heads": 3}, "heads dividing dim, got patch=4, dim=256, .*heads=3"),
         ({"input_shape": (32, 32)}, r"expected \(channels, height, width\).*got \(32, 32\)"),
         ({"input_shape": (3, 0, 32)}, "all at least 1"),
         ({"classes": 0}, "classes: expected at least 1, got 0"),

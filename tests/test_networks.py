@@ -72,6 +72,37 @@ def forward_resnet18(w, x, act, groups):
     return F.linear(x.mean((2, 3)), w["fc.weight"], w["fc.bias"])
 
 
+def forward_cnn(w, x, act):
+    for number in (1, 2, 3):
+        x = act(F.conv2d(x, w[f"conv{number}.weight"], w[f"conv{number}.bias"], 2))
+    return F.linear(x.flatten(1), w["fc.weight"], w["fc.bias"])
+
+
+def forward_vit(w, x, act, patch, heads, layers):
+    """With torch's fused attention, which the network itself avoids."""
+    images = len(x)
+    x = F.unfold(x, patch, stride=patch).transpose(1, 2)  # (images, patches, channels · patch²)
+    x = x @ w["patches.weight"].flatten(1).T
+    first = w["tokens.class_token"].view(1, 1, -1).repeat(images, 1, 1)
+    x = torch.cat([first, x], 1) + w["tokens.positions"]
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+    for number in range(1, layers + 1):
+        at = f"block{number}"
+        y = norm(x, f"{at}.attention_norm")
+        q, k, v = (
+            (y @ w[f"{at}.attention.{part}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + y @ w[f"{at}.attention.out.weight"].T
+        y = norm(x, f"{at}.network_norm")
+        x = x + act(y @ w[f"{at}.network.0.weight"].T) @ w[f"{at}.network.2.weight"].T
+    return norm(x[:, 0], "norm") @ w["fc.weight"].T
+
+
 def randomised(model):
     """Every scale, shift and running statistic away from its default, in float64."""
     generator = torch.Generator().manual_seed(3)
@@ -98,6 +129,13 @@ def test_forward_equals_the_functional_restatement(activation):
     hidden = act(hidden @ w["hidden2.weight"].T + w["hidden2.bias"])
     torch.testing.assert_close(model(x), hidden @ w["fc.weight"].T + w["fc.bias"])
 
+    model, w = randomised(
+        build("vit", input_shape=(3, 6, 9), activation=activation, patch=3, dim=6, heads=2,
+              hidden=5, layers=2)
+    )  # fmt: skip
+    small = x[:, :, :6]
+    torch.testing.assert_close(model(small), forward_vit(w, small, act, 3, 2, 2))
+
     for norm in ("batch", "group", "none"):
         model, w = randomised(build("convnet", width=4, norm=norm, **settings))
         torch.testing.assert_close(model(x), forward_convnet(w, x, act, norm))
@@ -110,6 +148,12 @@ def test_resnet_forward_equals_the_functional_restatement(norm, activation):
     groups = 2 if norm == "group" else 0
     expected = forward_resnet18(w, x, FUNCTIONS[activation], groups)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_cnn_forward_equals_the_functional_restatement():
+    x = torch.rand(2, 1, 29, 34, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model, w = randomised(build("cnn", input_shape=(1, 29, 34), activation="gelu"))
+    torch.testing.assert_close(model(x), forward_cnn(w, x, FUNCTIONS["gelu"]))
 
 
 def test_linear_is_linear():
@@ -127,6 +171,7 @@ TINY = [
     ("convnet", {"width": 2, "norm": "none"}),
     ("chain", {"layers": ((2, 3, 1, 1), (3, 4, 2, 1))}),
     ("resnet-small", {"width": 2, "halve": (2,)}),
+    ("vit", {"patch": 2, "dim": 6, "heads": 2, "hidden": 5, "layers": 2}),
 ]
 CASES = [
     ("linear", {}, None),
@@ -134,13 +179,15 @@ CASES = [
     # eleven million parameters: one kinked and one smooth activation stand for all
     ("resnet18", {}, "relu"),
     ("resnet18", {"norm": "group"}, "softplus"),
+    ("resnet18", {"norm": "group", "stem": "imagenet"}, "relu"),
+    ("cnn", {}, "relu"),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "activation"), CASES)
 def test_second_derivative_batched_over_victims(name, options, activation):
     """The image gradient of ‖∇θ L‖²: vmap of torch.func against one plain autograd per victim."""
-    size = 9 if name == "convnet" else 4
+    size = {"convnet": 9, "cnn": 29}.get(name, 4)
     settings = {"classes": 3, "activation": activation, "normalisation": ((0.4,), (0.3,))}
     model = build(name, input_shape=(2, size, size), **settings, **options).double()
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,6 @@
 """Training against gradient descent by hand, what it leaves alone, bad input."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from leaklib.data import load_images
+from leaklib.defenses import GaussianNoise, Only, Sign, insert_bottleneck
 from leaklib.models import build
 from leaklib.training import evaluate, train
 
@@ -62,6 +64,92 @@ def test_whole_batch_equals_descent_by_hand(optimiser):
     for p, q in zip(model.parameters(), theta, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
         assert p.grad is None
+
+
+def test_the_divergence_of_a_bottleneck_is_minimised_too():
+    """One step of descent by hand, with a deviation so small that there is no noise."""
+    images, labels = some_data(dtype=torch.float64)
+    model = build("mlp", input_shape=(1, 4, 4), classes=3, hidden=(5,)).double()
+    settings = {"width": 2, "kl_weight": 0.5, "kl": "nats"}
+    model = insert_bottleneck(model, image_shape=(1, 4, 4), **settings)
+    encoder = model.fc.bottleneck.encoder
+    encoder.weight.data[2:], encoder.bias.data[2:] = 0, -50
+    by_hand = copy.deepcopy(model)
+    row = train(
+        model, (images, labels), epochs=1, batch_size=20, lr=0.1, optimiser="sgd", generator=rng()
+    ).history.iloc[0]
+
+    theta = dict(by_hand.named_parameters())
+    hidden = torch.relu(images.flatten(1) @ theta["hidden1.weight"].T + theta["hidden1.bias"])
+    code = hidden @ theta["fc.bottleneck.encoder.weight"].T + theta["fc.bottleneck.encoder.bias"]
+    mean, spread = code[:, :2], code[:, 2:]
+    deviation = torch.nn.functional.softplus(spread)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(
+        normal(mean, deviation), normal(torch.zeros_like(mean), 1.0)
+    )
+    decoded = mean @ theta["fc.bottleneck.decoder.weight"].T + theta["fc.bottleneck.decoder.bias"]
+    logits = decoded @ theta["fc.layer.weight"].T + theta["fc.layer.bias"]
+    loss = cross_entropy(logits, labels) + 0.5 * divergence.sum(1).mean()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    grads = torch.autograd.grad(loss, list(theta.values()))
+    for (name, before), grad in zip(theta.items(), grads, strict=True):
+        after = model.get_parameter(name).detach()
+        torch.testing.assert_close(after, before.detach() - 0.1 * grad, rtol=1e-7, atol=1e-9)
+
+
+def test_a_defense_stands_between_the_gradient_and_the_optimiser():
+    data, steps = some_data(), {}
+    for name, defense in (("plain", None), ("sign", Sign()), ("one layer", Only(["fc"], Sign()))):
+        model = build("mlp", input_shape=(1, 4, 4), classes=3, hidden=(5,))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        train(
+            model, data, epochs=1, batch_size=20, lr=0.1, optimiser="sgd", generator=rng(),
+            defense=defense,
+        )  # fmt: skip
+        steps[name] = {n: before[n] - p.detach() for n, p in model.named_parameters()}
+    for name, step in steps["plain"].items():
+        torch.testing.assert_close(steps["sign"][name], 0.1 * step.sign(), rtol=1e-5, atol=1e-7)
+        expected = 0.1 * step.sign() if name.startswith("fc") else step
+        torch.testing.assert_close(steps["one layer"][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_noisy_defense_is_repeatable():
+    states = []
+    for seed in (0, 0, 1):
+        model = small_model()
+        train(model, some_data(), epochs=2, generator=rng(seed), defense=GaussianNoise(0.1))
+        states.append(model.state_dict())
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_evaluation_of_a_model_that_draws_noise():
+    images, labels = some_data(200)
+    model = build("mlp", input_shape=(1, 4, 4), classes=3, hidden=(5,))
+    model = insert_bottleneck(model, image_shape=(1, 4, 4), width=2)
+    with pytest.raises(ValueError, match=r"generator for the noise of fc.bottleneck.noise"):
+        evaluate(model, images, labels)
+    with pytest.raises(ValueError, match="draws >= 1, got 0"):
+        evaluate(model, images, labels, draws=0, generator=rng())
+    before = torch.random.get_rng_state()
+    many = evaluate(model, images, labels, draws=4, generator=rng())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert many == evaluate(model, images, labels, draws=4, generator=rng())
+    one = evaluate(model, images, labels, generator=rng())
+    assert many != one
+    # the mean over fresh noises, whose first is that of a single draw
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int(torch.randint(2**31, (), generator=rng())))
+        losses = [cross_entropy(model(images), labels).item() for _ in range(4)]
+    assert many.loss == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert one.loss == pytest.approx(losses[0], rel=1e-5)
+    quiet = insert_bottleneck(
+        build("mlp", input_shape=(1, 4, 4), classes=3, hidden=(5,)), image_shape=(1, 4, 4),
+        width=2, sampling="training",
+    )  # fmt: skip
+    assert evaluate(quiet.train(), images, labels) == evaluate(quiet, images, labels)
+    assert quiet.training
 
 
 class Spy(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,28 @@ def invert_linear(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
     return torch.einsum("...oi,...o->...i", weight_grad, bias_grad) / energy
 
 
+def invert_row(weight_grad: Tensor, bias_grad: Tensor) -> Tensor:
+    """Input of a fully connected layer from one row: x = (∂L/∂W)_j / k_j, j = argmax |k_j|.
+
+    Where noise or pruning spoils the rows differently, the row of the largest k_j is the naive
+    choice; `invert_linear` takes all rows. Source: Phong et al. 2018; the choice of j is ours.
+
+    Args:
+        weight_grad: (..., outputs, inputs).
+        bias_grad: (..., outputs).
+
+    Returns:
+        Inputs (..., inputs), float64; NaN where k = 0.
+
+    >>> k, x = torch.tensor([2.0, -3.0]), torch.tensor([0.25, 0.5, 1.0])
+    >>> invert_row(torch.outer(k, x), k)
+    tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    row = bias_grad.abs().argmax(-1, keepdim=True)
+    index = row[..., None].expand(*row.shape, weight_grad.shape[-1])
+    return weight_grad.double().gather(-2, index)[..., 0, :] / bias_grad.double().gather(-1, row)
+
+
 def analytic(
     model: nn.Module,
     shared: SharedGradient,
@@ -40,6 +64,7 @@ def analytic(
     image_shape: tuple[int, int, int],
     layer: str | None = None,
     labels: Tensor | None = None,
+    rows: Literal["all", "largest"] = "all",
 ) -> Reconstruction:
     """The private image itself, when the first layer is fully connected with a bias.
 
@@ -52,12 +77,40 @@ def analytic(
         image_shape: (channels, height, width).
         layer: name of the first layer; None takes the first one as wide as the image.
         labels: (victims, 1) if known; None recovers them from the last layer.
+        rows: "all" by least squares (`invert_linear`), or the "largest" alone (`invert_row`).
 
     Returns:
         Reconstruction with objective 0 and no evaluations.
 
     Raises:
         ValueError: batch > 1, no such layer, its bias is missing or its gradient is zero.
+    """
+    if rows not in ("all", "largest"):
+        raise ValueError(f"expected rows 'all' or 'largest', got {rows!r}")
+    weight, bias = first_layer_gradient(model, shared, image_shape, layer)
+    flat = invert_linear(weight, bias) if rows == "all" else invert_row(weight, bias)
+    if not torch.isfinite(flat).all():
+        victim = int((~torch.isfinite(flat).all(1)).nonzero()[0])
+        raise ValueError(
+            f"expected a bias gradient that is not zero, got zero for victim {victim}: no neuron "
+            "of the layer was active"
+        )
+    return as_reconstruction(model, shared, flat, image_shape, labels)
+
+
+def first_layer_gradient(
+    model: nn.Module,
+    shared: SharedGradient,
+    image_shape: tuple[int, int, int],
+    layer: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of the fully connected layer that takes the image.
+
+    Returns:
+        (victims, outputs, inputs) and (victims, outputs).
+
+    Raises:
+        ValueError: batch > 1, no such layer, or its bias is missing.
     """
     check_payload(model, shared)
     if shared.batch != 1:
@@ -78,13 +131,17 @@ def analytic(
             f"expected layer {layer!r} to take {size} inputs (the image), it takes "
             f"{shared.tensors[weight].shape[-1]}; name the first layer"
         )
-    flat = invert_linear(shared.tensors[weight], shared.tensors[bias])
-    if not torch.isfinite(flat).all():
-        victim = int((~torch.isfinite(flat).all(1)).nonzero()[0])
-        raise ValueError(
-            f"expected a bias gradient that is not zero, got zero for victim {victim}: no neuron "
-            "of the layer was active"
-        )
+    return shared.tensors[weight], shared.tensors[bias]
+
+
+def as_reconstruction(
+    model: nn.Module,
+    shared: SharedGradient,
+    flat: Tensor,
+    image_shape: tuple[int, int, int],
+    labels: Tensor | None,
+) -> Reconstruction:
+    """The input of the first layer (victims, inputs) as pixels, with labels; a closed form."""
     images = _undo_normalisation(model, flat.view(-1, 1, *image_shape)).to(shared.dtype)
     none = torch.zeros(shared.victims, device=shared.device)
     if labels is None:

@@ -8,11 +8,13 @@ over memory than differentiating it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from leaklib.gradients.payload import match_parameters
 
 Grads = Mapping[str, Tensor]
 Distance = Callable[[Grads, Grads, Mapping[str, float]], tuple[Tensor, dict[str, Tensor]]]
@@ -41,7 +43,7 @@ def cosine(
     inner = torch.stack([weights[n] * _dot(g, target[n]) for n, g in grads.items()]).sum()
     norm = torch.stack([weights[n] * _dot(g, g) for n, g in grads.items()]).sum()
     fixed = torch.stack([weights[n] * _dot(target[n], target[n]) for n in grads]).sum()
-    norm, fixed = _positive(norm).sqrt(), _positive(fixed).sqrt()
+    norm, fixed = positive(norm).sqrt(), positive(fixed).sqrt()
     similarity = inner / (norm * fixed)
     along, across = similarity / norm**2, 1 / (norm * fixed)
     cotangent = {n: weights[n] * (along * g - across * target[n]) for n, g in grads.items()}
@@ -67,6 +69,24 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a.flatten() @ b.flatten()
 
 
-def _positive(squared_norm: Tensor) -> Tensor:
+def positive(squared_norm: Tensor) -> Tensor:
     """Keep a dead network's zero gradient from dividing by zero."""
     return squared_norm.clamp_min(torch.finfo(squared_norm.dtype).tiny ** 0.5)
+
+
+def tensor_weights(names: Iterable[str], layer_weights: Mapping[str, float]) -> dict[str, float]:
+    """Weight of each compared tensor, 1 unless named; a layer named twice takes the last word.
+
+    Raises:
+        ValueError: a negative weight, or a layer that matches nothing.
+
+    >>> tensor_weights(["conv1.weight", "fc.weight", "fc.bias"], {"fc": 2, "fc.bias": 0})
+    {'conv1.weight': 1.0, 'fc.weight': 2.0, 'fc.bias': 0.0}
+    """
+    weights = dict.fromkeys(names, 1.0)
+    for layer, weight in layer_weights.items():
+        if not weight >= 0:
+            raise ValueError(f"expected a weight >= 0 for layer {layer!r}, got {weight}")
+        for name in match_parameters(weights, [layer]):
+            weights[name] = float(weight)
+    return weights

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from leaklib.gradients.payload import SharedGradient
 from leaklib.gradients.stateless import without_side_effects
+from leaklib.gradients.stochastic import draw_noise, one_step
 
 
 def last_layer(shared: SharedGradient) -> tuple[str, str | None]:
@@ -129,9 +131,14 @@ def expected_probabilities(
     generator: torch.Generator,
     samples: int = 64,
 ) -> Tensor:
-    """Mean prediction of the model on uniform random images, (classes,): an attacker's guess."""
+    """Mean prediction of the model on uniform random images, (classes,): an attacker's guess.
+
+    A stochastic model gets noise of its own for every image.
+    """
     first = next(model.parameters())
-    frozen = without_side_effects(model)
-    noise = torch.rand(samples, *image_shape, generator=generator, device=generator.device)
+    frozen = without_side_effects(model, noise=True)
+    images = torch.rand(samples, *image_shape, generator=generator, device=generator.device)
+    noise = one_step(draw_noise(model, samples, generator=generator), 0)
     with torch.no_grad():
-        return frozen(noise.to(first.device, first.dtype)).softmax(1).mean(0)
+        logits = functional_call(frozen, noise, (images.to(first.device, first.dtype),))
+        return logits.softmax(1).mean(0)

@@ -23,6 +23,7 @@ from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient
+from leaklib.gradients.stochastic import StochasticLayer, stochastic_layers
 
 
 def dlg(
@@ -44,6 +45,10 @@ def dlg(
     run: RunSettings | None = None,
 ) -> Reconstruction:
     """Deep leakage from gradients: min over (x, y) of ‖∇θ L(x, softmax(y)) − ĝ‖² by L-BFGS.
+
+    The attacker's noise for a stochastic model stays that of the first evaluation, one draw per
+    victim and restart: L-BFGS compares values and gradients of different steps, which fresh noise
+    would spoil. The final objective is the mean over fresh noises all the same.
 
     Cost: max_evaluations per victim and restart, each about 7/3 gradient evaluations.
     Source: Zhu, Liu & Han 2019, Algorithm 1, with a strong-Wolfe line search instead of fixed
@@ -129,6 +134,10 @@ def invert_gradients(
 ) -> Reconstruction:
     """Inverting gradients: min 1 − cos(∇θ L(x, y), ĝ) + α TV(x) by signed Adam inside the box.
 
+    For a stochastic model every evaluation has fresh noise, and so have the few at the end whose
+    mean is the objective returned (`Matching.score_noises`). The best iterate is that of the lowest
+    single value.
+
     Cost: one evaluation a step, each about 7/3 gradient evaluations.
     Source: Geiping et al. 2020, Eq. 4; steps and their decay as in the released code.
 
@@ -172,7 +181,7 @@ def invert_gradients(
     identity |= {"attack": "invert_gradients"} | {k: str(v) for k, v in asdict(optimiser).items()}
     state, trace = drive(
         adam.start(x, optimiser),
-        lambda s: adam.tick(s, problem.evaluate, optimiser),
+        lambda s: adam.tick(s, problem.at(s.evaluations), optimiser),
         max_evaluations=optimiser.steps if max_evaluations is None else max_evaluations,
         settings=_checked(run), identity=identity, label="inverting gradients",
     )  # fmt: skip
@@ -206,9 +215,12 @@ def _prepare(
         classes = max(2, shared.tensors[last_layer(shared)[0]].shape[1])  # a logit parts two
     if labels is not None:
         labels = _checked_labels(labels, model, shared)
+    seed = None
+    if stochastic_layers(model):
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     problem = matching_problem(
         model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
-        matching=matching, restarts=restarts, loss=loss, label_shape=label_shape,
+        matching=matching, restarts=restarts, loss=loss, label_shape=label_shape, noise_seed=seed,
     )  # fmt: skip
     x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
@@ -218,6 +230,7 @@ def _prepare(
         "protocol": str(shared.protocol), "training": model.training,
         "payload": digest(shared.tensors), "start": digest({"start": x}),
         "model": digest(model.state_dict()),
+        "noise": f"{seed} {[m for m in model.modules() if isinstance(m, StochasticLayer)]}",
         "labels": "joint" if labels is None else digest({"labels": labels}),
         "statistics": digest(
             {f"{n} {i}": t for n, pair in (shared.statistics or {}).items()
@@ -262,15 +275,17 @@ def _conclude(
     restarts: int,
 ) -> Reconstruction:
     """Choose among restarts by the attack's objective and unpack the winners."""
-    chosen = choose_restart(state.best_value, restarts)
+    objective = problem.score(state.best_x, state.best_value)
+    chosen = choose_restart(objective, restarts)
     found = problem.unpack(state.best_x[chosen])
     unpack: Callable[[Tensor], Tensor] = lambda x: problem.unpack(x)["images"]  # noqa: E731
     rows = chosen.cpu()
+    scoring = problem.score_noises if problem.stochastic else 0
     return Reconstruction(
         images=found["images"],
         labels=labels if labels is not None else found["label_logits"].argmax(2),
-        objective=state.best_value[chosen],
-        evaluations=state.evaluations.view(-1, restarts).sum(1),
+        objective=objective[chosen],
+        evaluations=(state.evaluations + scoring).view(-1, restarts).sum(1),
         frames=torch.stack([unpack(f[chosen]) for f in trace.frames])
         if len(trace.frames)
         else None,

@@ -5,23 +5,28 @@ Row v·R + r of the problem is restart r of victim v. Its objective is
     D(∇θ L(x, y), ĝ) + α_tv TV(x) + α_bn R_bn(x)
 
 and one evaluation costs one gradient and one product with its Jacobian (about 7/3 gradient
-evaluations), for all rows of a chunk in one `vmap`.
+evaluations), for all rows of a chunk in one `vmap`. For a stochastic model the dummy gradient has
+noise of its own, fresh at every evaluation and different in every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from leaklib.attacks.distances import DISTANCES
+from leaklib.attacks.attacker_noise import SCORING, attacker_noise
+from leaklib.attacks.distances import DISTANCES, tensor_weights
 from leaklib.attacks.priors import statistics_distance, total_variation
 from leaklib.gradients.client import Loss, update_function, victim_chunk
 from leaklib.gradients.payload import SharedGradient, Statistics, check_payload, match_parameters
 from leaklib.gradients.stateless import statistics_function
+from leaklib.gradients.stochastic import Noise
+from leaklib.precision import full_float32
 
 Variables = dict[str, Tensor]
 # images (k, batch, ...), rows (k,) -> a further term of the objective (k,) and its slope
@@ -39,6 +44,12 @@ class Matching:
         layer_weights: layer -> weight in the distance; layers not named weigh 1.
         tv_weight: α_tv, weight of the total variation.
         bn_weight: α_bn, weight of the BatchNorm-statistics prior.
+        support: compare only the entries that the release did not set to zero, for each victim its
+            own: against pruning, which the attacker sees.
+        extra_losses: the dummy loss contains what the model's layers add to it, as the client's
+            does (a bottleneck's divergence). PRECODE's published attack leaves it out.
+        score_noises: for a stochastic model, the final objective is the mean over this many fresh
+            noises; 0 keeps the lowest single value, which luck has a part in.
     """
 
     distance: str = "l2"
@@ -46,6 +57,9 @@ class Matching:
     layer_weights: Mapping[str, float] | None = None
     tv_weight: float = 0.0
     bn_weight: float = 0.0
+    support: bool = False
+    extra_losses: bool = True
+    score_noises: int = 8
 
     def __post_init__(self) -> None:
         if self.distance not in DISTANCES:
@@ -57,6 +71,8 @@ class Matching:
                 f"expected tv_weight >= 0 and bn_weight >= 0, got {self.tv_weight}, "
                 f"{self.bn_weight}"
             )
+        if self.score_noises < 0:
+            raise ValueError(f"expected score_noises >= 0, got {self.score_noises}")
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,47 @@ class Problem:
 
     Args:
         shapes: variable -> shape of one row: "images" and, for an unknown label, "label_logits".
-        evaluate: (x (k, size), rows (k,)) -> objective (k,), gradient (k, size).
+        evaluate: (x (k, size), rows (k,)[, number of the evaluation]) -> objective (k,), gradient
+            (k, size). The number chooses the noise of a stochastic model: the same one, 0, unless
+            it is given.
         pack: variables with a leading row axis -> (rows, size).
         unpack: the inverse, for any number of rows.
+        stochastic: whether the objective depends on noise.
+        score_noises: see `Matching`.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    evaluate: Callable[..., tuple[Tensor, Tensor]]
     pack: Callable[[Variables], Tensor]
     unpack: Callable[[Tensor], Variables]
+    stochastic: bool = False
+    score_noises: int = 0
+
+    def at(self, evaluations: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`evaluate` with fresh noise: that of the evaluation which comes next.
+
+        Args:
+            evaluations: spent so far (rows,), equal for all rows that are still searched for: an
+                optimiser evaluates each of them once a tick.
+        """
+        if not self.stochastic:
+            return self.evaluate
+        return lambda x, rows: self.evaluate(x, rows, int(evaluations[rows[0]]))
+
+    @full_float32()
+    def score(self, x: Tensor, value: Tensor) -> Tensor:
+        """Objective of every row, (rows,): the mean over noises that the search has not met.
+
+        Args:
+            x: (rows, size).
+            value: the search's own, returned where there is nothing to average.
+        """
+        if not self.stochastic or not self.score_noises:
+            return value
+        rows = torch.arange(len(x), device=x.device)
+        drawn = [self.evaluate(x, rows, SCORING + i)[0] for i in range(self.score_noises)]
+        mean = torch.stack(drawn).double().mean(0)
+        return torch.where(torch.isfinite(mean), mean, torch.inf)
 
 
 def matching_problem(
@@ -89,6 +137,7 @@ def matching_problem(
     label_shape: tuple[int, ...] = (),
     chunk: int | None = None,
     penalty: Penalty | None = None,
+    noise_seed: int | None = None,
 ) -> Problem:
     """Build the objective that a matching attack minimises.
 
@@ -105,13 +154,14 @@ def matching_problem(
         label_shape: axes of one input's label beside its class.
         chunk: rows per vmap; None chooses by network size.
         penalty: a further term of the objective, for all rows at once.
+        noise_seed: of the attacker's noise; needed for a stochastic model.
 
     Returns:
         The problem.
 
     Raises:
-        ValueError: the payload does not fit the model, an unknown layer, or total variation of
-            what is no image.
+        ValueError: the payload does not fit the model, an unknown layer, total variation of what
+            is no image, or a stochastic model without a seed.
     """
     check_payload(model, shared)
     if matching.tv_weight and len(image_shape) != 3:
@@ -122,10 +172,15 @@ def matching_problem(
     names = match_parameters(
         shared.names, shared.names if matching.layers is None else matching.layers
     )
-    weights = _weights(names, matching.layer_weights or {})
+    weights = tensor_weights(names, matching.layer_weights or {})
     update = update_function(
-        model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names
-    )
+        model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names,
+        extra_losses=matching.extra_losses,
+    )  # fmt: skip
+    draw = attacker_noise(
+        model, shared.batch, seed=noise_seed,
+        steps=shared.protocol.steps if shared.protocol else 1,
+    )  # fmt: skip
     known = _known_statistics(model, shared) if matching.bn_weight else None
     measure = statistics_function(model)
     distance = DISTANCES[matching.distance]
@@ -133,23 +188,23 @@ def matching_problem(
     shapes: dict[str, tuple[int, ...]] = {"images": pixels}
     if labels is None:
         shapes["label_logits"] = (shared.batch, classes, *label_shape)
-    sizes = {name: _numel(shape) for name, shape in shapes.items()}
-
-    def pack(variables: Variables) -> Tensor:
-        return torch.cat([variables[name].flatten(1) for name in shapes], dim=1)
-
-    def unpack(x: Tensor) -> Variables:
-        parts = x.split(list(sizes.values()), dim=1)
-        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+    pack, unpack = packing(shapes)
 
     def one(
-        variables: Variables, label: Tensor, target: dict[str, Tensor], stats: Statistics
+        variables: Variables,
+        label: Tensor,
+        target: dict[str, Tensor],
+        stats: Statistics,
+        noise: Noise,
     ) -> tuple[Tensor, Variables]:
         def shared_by(dummy: Variables) -> dict[str, Tensor]:
             soft = dummy["label_logits"].softmax(1) if "label_logits" in dummy else label
-            return update(dummy["images"], soft)
+            return update(dummy["images"], soft, noise)
 
         grads, pull = vjp(shared_by, variables)  # type: ignore[misc]
+        if matching.support:
+            # outside the support the cotangent vanishes with the two tensors
+            grads = {n: torch.where(target[n] != 0, g, 0.0) for n, g in grads.items()}
         value, cotangent = distance(grads, target, weights)
         (slope,) = pull(cotangent)
         if matching.tv_weight or matching.bn_weight:
@@ -157,7 +212,7 @@ def matching_problem(
             def prior(images: Tensor) -> Tensor:
                 total = matching.tv_weight * total_variation(images)
                 if matching.bn_weight:
-                    measured = measure(images)
+                    measured = measure(images, noise)
                     total = total + matching.bn_weight * statistics_distance(measured, stats)
                 return total
 
@@ -182,20 +237,24 @@ def matching_problem(
             cache["last"] = (victims.clone(), chosen)
         return cache["last"][1]
 
-    def evaluate(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(x: Tensor, rows: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         values, slopes = [], []
         for block in torch.arange(len(rows), device=rows.device).split(per_vmap):
             victims = rows[block] // restarts
             variables = unpack(x[block])
             stats = {n: (m[victims], v[victims]) for n, (m, v) in (known or {}).items()}
+            noise = draw(rows[block], number) if draw else {}
             if len(block) == 1:
                 target = {n: shared.tensors[n][victims[0]] for n in names}
                 single = {n: (m[0], v[0]) for n, (m, v) in stats.items()}
                 first = {n: v[0] for n, v in variables.items()}
-                value, slope = one(first, label_rows[victims[0]], target, single)
+                own = {n: e[0] for n, e in noise.items()}
+                value, slope = one(first, label_rows[victims[0]], target, single, own)
                 value, slope = value[None], {n: s[None] for n, s in slope.items()}
             else:
-                value, slope = batched(variables, label_rows[victims], targets(victims), stats)
+                value, slope = batched(
+                    variables, label_rows[victims], targets(victims), stats, noise
+                )
             values.append(value.detach())
             slopes.append(pack({n: s.detach() for n, s in slope.items()}))
         total, gradient = torch.cat(values), torch.cat(slopes)
@@ -206,18 +265,31 @@ def matching_problem(
         rest = {n: torch.zeros_like(v) for n, v in variables.items()}
         return total + extra, gradient + pack(rest | {"images": at_images})
 
-    return Problem(shapes, evaluate, pack, unpack)
+    return Problem(
+        shapes, evaluate, pack, unpack, stochastic=draw is not None,
+        score_noises=matching.score_noises,
+    )  # fmt: skip
 
 
-def _weights(names: Iterable[str], layer_weights: Mapping[str, float]) -> dict[str, float]:
-    """Weight of each compared tensor; a layer named twice takes the last word."""
-    weights = dict.fromkeys(names, 1.0)
-    for layer, weight in layer_weights.items():
-        if not weight >= 0:
-            raise ValueError(f"expected a weight >= 0 for layer {layer!r}, got {weight}")
-        for name in match_parameters(weights, [layer]):
-            weights[name] = float(weight)
-    return weights
+def packing(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Callable[[Variables], Tensor], Callable[[Tensor], Variables]]:
+    """Variables as flat vectors and back, see `Problem`.
+
+    >>> pack, unpack = packing({"images": (1, 2), "label_logits": (3,)})
+    >>> unpack(torch.arange(5.0)[None])
+    {'images': tensor([[[0., 1.]]]), 'label_logits': tensor([[2., 3., 4.]])}
+    """
+    sizes = [prod(shape) for shape in shapes.values()]
+
+    def pack(variables: Variables) -> Tensor:
+        return torch.cat([variables[name].flatten(1) for name in shapes], dim=1)
+
+    def unpack(x: Tensor) -> Variables:
+        parts = x.split(sizes, dim=1)
+        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+
+    return pack, unpack
 
 
 def _known_statistics(model: nn.Module, shared: SharedGradient) -> Statistics:
@@ -237,10 +309,3 @@ def _known_statistics(model: nn.Module, shared: SharedGradient) -> Statistics:
             "expected a model with BatchNorm layers for bn_weight > 0, got none; set bn_weight=0"
         )
     return known
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -9,13 +9,17 @@ from leaklib.gradients.payload import (
     match_parameters,
 )
 from leaklib.gradients.stateless import batchnorm_statistics
+from leaklib.gradients.stochastic import add_losses, collected_losses, draw_noise
 
 __all__ = [
     "FedAvg",
     "SharedGradient",
+    "add_losses",
     "batchnorm_statistics",
     "check_payload",
+    "collected_losses",
     "concatenate",
+    "draw_noise",
     "match_parameters",
     "share_gradient",
     "update_function",

@@ -23,6 +23,14 @@ from leaklib.gradients.payload import (
     match_parameters,
 )
 from leaklib.gradients.stateless import batchnorm_statistics, without_side_effects
+from leaklib.gradients.stochastic import (
+    Noise,
+    add_losses,
+    check_noise,
+    collected_losses,
+    draw_noise,
+    one_step,
+)
 from leaklib.margin_losses import MarginLoss
 from leaklib.precision import full_float32
 
@@ -41,10 +49,12 @@ def update_function(
     reduction: Reduction = "mean",
     protocol: FedAvg | None = None,
     layers: Iterable[str] | None = None,
-) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """The map (images, labels) -> shared tensors of one client, differentiable in both.
+    extra_losses: bool = True,
+) -> Callable[..., dict[str, Tensor]]:
+    """The map (images, labels[, noise]) -> shared tensors of one client, differentiable in all.
 
-    g = ∇θ L(x, y, θ), or (θ₀ − θ_T)/lr after T local steps. Safe under `vmap` and `vjp`.
+    g = ∇θ L(x, y, θ), or (θ₀ − θ_T)/lr after T local steps. Safe under `vmap` and `vjp`. A
+    stochastic model takes its noise as the third argument, fresh for every local step.
 
     Args:
         model: any module; it is not changed. BatchNorm in train mode uses batch statistics.
@@ -53,14 +63,17 @@ def update_function(
         reduction: "mean" or "sum" over the batch.
         protocol: local steps; None is one gradient.
         layers: shared layers; None shares every parameter that requires a gradient.
+        extra_losses: add what the model's layers add to the loss, such as the KL divergence of a
+            variational bottleneck; its reduction over the batch is that of the loss.
 
     Returns:
-        A function of images (batch, channels, height, width) and labels.
+        A function of images (batch, channels, height, width), labels and noise as of
+        `draw_noise`; it refuses noise that does not fit the model with a ValueError.
 
     Raises:
         ValueError: no trainable parameter, unknown layer, or dropout in train mode.
     """
-    frozen = without_side_effects(model)
+    frozen = without_side_effects(model, noise=True)
     trainable = {n: p.detach() for n, p in frozen.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("expected a parameter with requires_grad=True, got none; unfreeze one")
@@ -72,14 +85,20 @@ def update_function(
     start = {n: trainable[n] for n in moving}
     still = constant | {n: p for n, p in trainable.items() if n not in start}
 
-    def local_loss(params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        outputs = functional_call(frozen, params | still, (images,))
-        return loss(outputs, labels, reduction=reduction)
+    def local_loss(
+        params: dict[str, Tensor], images: Tensor, labels: Tensor, noise: Noise
+    ) -> Tensor:
+        with collected_losses() as terms:
+            outputs = functional_call(frozen, params | still | noise, (images,))
+        value = loss(outputs, labels, reduction=reduction)
+        return add_losses(value, terms, reduction) if extra_losses else value
 
-    def update(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def update(images: Tensor, labels: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
+        noise = noise or {}
+        check_noise(frozen, noise)
         params, total = start, None
         for step in range(protocol.steps if protocol else 1):
-            grads = grad(local_loss)(params, images, labels)
+            grads = grad(local_loss)(params, images, labels, one_step(noise, step))
             if total is None:
                 total = {n: grads[n] for n in shared}
             else:
@@ -103,8 +122,9 @@ def share_gradient(
     layers: Iterable[str] | None = None,
     statistics: bool = False,
     chunk: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> SharedGradient:
-    """Gradients of N victims at once: g_n = ∇θ L(x_n, y_n, θ).
+    """Gradients of N victims at once: g_n = ∇θ L(x_n, y_n, θ), or L(x_n, y_n, ε_n, θ).
 
     Cost: one gradient evaluation per victim and local step.
 
@@ -119,33 +139,45 @@ def share_gradient(
         statistics: also share each BatchNorm layer's input mean and variance, as a client that
             uploads its BatchNorm buffers does.
         chunk: victims per vmap; None chooses by network size.
+        generator: draws the noise ε of a stochastic model, fresh for every victim and local step;
+            a deterministic model needs none and leaves it alone.
 
     Returns:
         SharedGradient with detached tensors (victims, *parameter shape).
 
     Raises:
         ValueError: model and images differ in dtype or device, an unknown layer, dropout in train
-            mode, labels or a loss that do not fit one logit, or a gradient that is not finite.
+            mode, labels or a loss that do not fit one logit, a stochastic model without a
+            generator, or a gradient that is not finite.
     """
     check_inputs(model, victims.inputs)
     _check_one_logit(model, victims.labels, loss)
     update = update_function(
         model, loss=loss, reduction=reduction, protocol=protocol, layers=layers
     )
+    noise = draw_noise(
+        model, victims.inputs.shape[1], generator=generator,
+        steps=protocol.steps if protocol else 1, clients=len(victims),
+    )  # fmt: skip
     chunk = chunk or victim_chunk(model, victims.inputs)
     parts = []
     for rows in torch.arange(len(victims)).split(chunk):
         images, labels = victims.inputs[rows], victims.labels[rows]
+        theirs = {n: e[rows] for n, e in noise.items()}
         if len(rows) == 1:
-            part = {n: g[None] for n, g in update(images[0], labels[0]).items()}
+            own = {n: e[0] for n, e in theirs.items()}
+            part = {n: g[None] for n, g in update(images[0], labels[0], own).items()}
         else:
-            part = vmap(update)(images, labels)
+            part = vmap(update)(images, labels, theirs)
         parts.append({n: g.detach() for n, g in part.items()})
     tensors = {n: torch.cat([part[n] for part in parts]) for n in parts[0]}
     shared = SharedGradient(tensors, victims.inputs.shape[1], reduction, protocol)
     check_finite(shared)
     if statistics:
-        measured = [batchnorm_statistics(model, images) for images in victims.inputs]
+        measured = [
+            batchnorm_statistics(model, images, {n: e[v] for n, e in noise.items()})
+            for v, images in enumerate(victims.inputs)
+        ]
         if not measured[0]:
             raise ValueError("expected BatchNorm layers to share statistics of, got none")
         stacked = {

@@ -9,30 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from leaklib.gradients.stochastic import Noise, one_step, stochastic_layers
 
 
-def batchnorm_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def batchnorm_statistics(
+    model: nn.Module, images: Tensor, noise: Noise | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and biased variance of every BatchNorm layer's input, per channel.
 
     Args:
         model: any module; not changed.
         images: (batch, channels, height, width).
+        noise: of the first local step, for a stochastic model; see `draw_noise`.
 
     Returns:
         Layer name -> (mean, variance), each (channels,), differentiable in the images.
     """
-    return statistics_function(model)(images)
+    return statistics_function(model)(images, noise or {})
 
 
 def statistics_function(
     model: nn.Module,
-) -> Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """`batchnorm_statistics` as a function of the images alone, safe under `vmap` and `vjp`."""
-    frozen = without_side_effects(model)
+) -> Callable[[Tensor, Noise], dict[str, tuple[Tensor, Tensor]]]:
+    """`batchnorm_statistics` as a function of images and noise, safe under `vmap` and `vjp`."""
+    frozen = without_side_effects(model, noise=True)
 
-    def measure(images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def measure(images: Tensor, noise: Noise) -> dict[str, tuple[Tensor, Tensor]]:
         with _recorded_inputs(frozen) as inputs:
-            frozen(images)
+            functional_call(frozen, one_step(noise, 0), (images,))
         result = {}
         for name, value in inputs.items():
             dims = [d for d in range(value.ndim) if d != 1]
@@ -95,9 +101,22 @@ class _ComposedPReLU(nn.PReLU):
         return torch.where(input > 0, input, self.weight.view(shape) * input)
 
 
-def without_side_effects(model: nn.Module) -> nn.Module:
-    """A copy whose forward pass changes no buffer and draws no random number."""
+def without_side_effects(model: nn.Module, *, noise: bool = False) -> nn.Module:
+    """A copy whose forward pass changes no buffer and draws no random number.
+
+    Args:
+        model: any module; not changed.
+        noise: the caller puts in the noise of stochastic layers (`gradients.stochastic`).
+
+    Raises:
+        ValueError: dropout in train mode, or a stochastic layer whose noise nobody puts in.
+    """
     frozen = copy.deepcopy(model)
+    if not noise and (drawing := stochastic_layers(model)):
+        raise ValueError(
+            f"expected a deterministic model, got layers that draw noise ({', '.join(drawing)}); "
+            "build them with sampling='training' and call model.eval()"
+        )
     for name, module in frozen.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None

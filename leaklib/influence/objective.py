@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import Reduction
+from leaklib.gradients.stochastic import add_losses, collected_losses
 
 Parameters = dict[str, Tensor]
 
@@ -48,9 +49,9 @@ def private_objective(
     still = {n: p for n, p in everything.items() if n not in names} | dict(model.named_buffers())
 
     def value(params: Parameters, inputs: Tensor, labels: Tensor) -> Tensor:
-        with differentiable_attention():
+        with differentiable_attention(), collected_losses() as terms:
             outputs = functional_call(model, params | still, (inputs,))
-        return loss(outputs, labels, reduction=reduction)
+        return add_losses(loss(outputs, labels, reduction=reduction), terms, reduction)
 
     return Objective({n: everything[n] for n in names}, value)
 

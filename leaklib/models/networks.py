@@ -100,6 +100,25 @@ def mlp(
     return nn.Sequential(chain)
 
 
+def cnn(input_shape: Shape, classes: int, activation: Activation) -> nn.Sequential:
+    """The CNN of PPP's authors: unpadded 5x5 convolutions 16, 32, 64 of stride 2, then linear.
+
+    65,962 parameters on 3x32x32 with 10 classes; a picture there ends as 64 features, one position.
+
+    Source: Scheliga, Mäder, Seeland (arXiv 2309.04515), released code; that of their study of
+    partial perturbation (arXiv 2208.04767) is not public.
+    """
+    channels, height, width = input_shape
+    chain: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, filters in enumerate((16, 32, 64), start=1):
+        chain[f"conv{number}"] = nn.Conv2d(channels, filters, 5, stride=2)
+        chain[f"act{number}"] = activation()
+        channels, height, width = filters, (height - 3) // 2, (width - 3) // 2
+    chain["flatten"] = nn.Flatten()
+    chain["fc"] = nn.Linear(channels * height * width, classes)
+    return nn.Sequential(chain)
+
+
 def convnet(
     input_shape: Shape,
     classes: int,
@@ -141,29 +160,40 @@ def resnet18(
     *,
     norm: str = "batch",
     groups: int = 2,
+    stem: str = "cifar",
 ) -> nn.Sequential:
-    """ResNet-18 in its CIFAR form: 3x3 first convolution of stride 1, no pooling behind it.
+    """ResNet-18, by default with the CIFAR stem: a 3x3 convolution of stride 1, no pooling.
 
     11,173,962 parameters on three channels with 10 classes, 11,172,810 on one. `norm` is "batch"
-    or "group" (with `groups` groups; CVB, the successor of PPP, takes 2). The layers carry
-    torchvision's names. Their default initialisation is torchvision's: N(0, 2/fan_out) in every
-    convolution, drawn in the order of the names after PyTorch's own draw of all layers. I²F's
-    networks come out of it.
+    or "group" (with `groups` groups; CVB, the successor of PPP, takes 2). stem="imagenet" is
+    torchvision's own: a 7x7 convolution of stride 2, then 3x3 max pooling of stride 2 (11,181,642
+    parameters); the released code of CVB has that one. The layers carry torchvision's names.
+
+    Their default initialisation is torchvision's: N(0, 2/fan_out) in every convolution, drawn in
+    the order of the names after PyTorch's own draw of all layers. I²F's networks come out of it.
 
     Source: He et al. (arXiv 1512.03385); I²F (arXiv 2309.13016); CVB (arXiv 2309.04515).
     """
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f"unknown stem {stem!r}: choose one of cifar, imagenet")
     normalisation = _normalisation_layer(norm, groups, known=("batch", "group"))
+    cifar, channels = stem == "cifar", input_shape[0]
     # the meta device draws nothing, so the exchange of the first convolution costs no random number
     with torch.device("meta"):
         network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes, norm_layer=normalisation)
-        network.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1, bias=False)
-    network.relu, network.maxpool = activation(), nn.Identity()
+        network.conv1 = (
+            nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+            if cifar
+            else nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        )
+    network.relu = activation()
     for module in network.modules():
         if isinstance(module, BasicBlock):
             module.relu = activation()
     _initialise_resnet(network.to_empty(device="cpu"))
     chain: OrderedDict[str, nn.Module] = OrderedDict(network.named_children())
-    del chain["maxpool"]
+    if cifar:
+        del chain["maxpool"]
     head = chain.pop("fc")
     chain.update(flatten=nn.Flatten(), fc=head)
     return nn.Sequential(chain)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leaklib.models import chains, copa_networks, networks, residual
+from leaklib.models import chains, copa_networks, networks, residual, vision_transformer
 from leaklib.models.initialisation import activation_by_name, check_initialisation, initialise_
 from leaklib.seeding import global_seed
 
@@ -90,6 +90,8 @@ register("linear", activation=None)(networks.linear)
 register("mlp", activation="relu")(networks.mlp)
 register("convnet", activation="relu", smallest=9)(networks.convnet)
 register("resnet18", activation="relu")(networks.resnet18)
+register("cnn", activation="relu", smallest=29)(networks.cnn)
+register("vit", activation="gelu", smallest=4)(vision_transformer.vit)
 # R-GAP's binary networks: one logit
 register("cnn6", activation="leaky_relu_0.2", classes=1)(chains.cnn6)
 register("cnn6-d", activation="leaky_relu_0.2", classes=1)(chains.cnn6_d)

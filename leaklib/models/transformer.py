@@ -26,15 +26,16 @@ class Attention(nn.Module):
         dim: features of a token; a multiple of `heads`.
         heads: attention heads.
         causal: position t attends to positions 0..t only.
+        bias: whether the four linear maps have one.
     """
 
-    def __init__(self, dim: int, heads: int, *, causal: bool) -> None:
+    def __init__(self, dim: int, heads: int, *, causal: bool, bias: bool = True) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(dim, dim, bias=bias)
+        self.value = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(batch, tokens, dim)` to the same shape."""
@@ -53,18 +54,29 @@ class Block(nn.Module):
     """Attention and a two-layer network, each added to its input.
 
     "post": x ← LN(x + f(x)), the original transformer's and BERT's order. "pre": x ← x + f(LN(x)),
-    GPT-2's order.
+    GPT-2's order. `bias` is that of the linear maps, `eps` that of the norms.
     """
 
     def __init__(
-        self, dim: int, heads: int, hidden: int, act: nn.Module, norm: Norm, causal: bool
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        act: nn.Module,
+        norm: Norm,
+        causal: bool,
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
-        self.attention = Attention(dim, heads, causal=causal)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.network = nn.Sequential(nn.Linear(dim, hidden), act, nn.Linear(hidden, dim))
-        self.network_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, causal=causal, bias=bias)
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.network = nn.Sequential(
+            nn.Linear(dim, hidden, bias=bias), act, nn.Linear(hidden, dim, bias=bias)
+        )
+        self.network_norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(batch, tokens, dim)` to the same shape."""

@@ -65,7 +65,10 @@ def gradient(victims=3, dtype=torch.float64):
     return SharedGradient(tensors, batch=4, reduction="sum", protocol=FedAvg(3, 0.1))
 
 
-MODULES = ["clipping", "compose", "noise", "perturbation", "pruning", "quantisation"]
+MODULES = [
+    "bottleneck", "clipping", "compose", "insertion", "layer_order", "noise", "partial",
+    "perturbation", "pruning", "quantisation",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

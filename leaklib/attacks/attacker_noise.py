@@ -1,0 +1,72 @@
+"""The attacker's own noise for a stochastic model: fresh at every evaluation, and repeatable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leaklib.gradients.stochastic import Noise, noise_shapes
+
+# (rows (k,), number of the evaluation) -> buffer name -> (k, local steps, *shape)
+RowNoise = Callable[[Tensor, int], Noise]
+
+# Evaluations from here on score the final iterates: noise that the search has not seen.
+SCORING = 2**40
+
+# Numbers drawn at once per row: making a generator costs more than a short draw.
+_AHEAD = 2**14
+
+
+def attacker_noise(
+    model: nn.Module, batch: int, *, steps: int = 1, seed: int | None
+) -> RowNoise | None:
+    """Standard normal noise as a function of (seed, row, evaluation), or None for no noise.
+
+    A counter-based generator (Philox) makes every number a function of its place. So a run that
+    goes on from a checkpoint meets the noise that it would have met, and a row's noise does not
+    depend on which other rows are searched for, nor on the device.
+
+    Args:
+        model: the shared model.
+        batch: images per client.
+        steps: the client's local steps.
+        seed: >= 0; None is refused for a stochastic model.
+
+    Returns:
+        The noise of some rows at one evaluation; None for a deterministic model.
+
+    Raises:
+        ValueError: a stochastic model without a seed.
+    """
+    shapes = noise_shapes(model, batch, steps=steps)
+    if not shapes:
+        return None
+    if seed is None:
+        raise ValueError(
+            f"expected noise_seed for the attacker's noise of {', '.join(shapes)}, got none"
+        )
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ahead = min(64, max(1, _AHEAD // sum(sizes)))
+    like = next(model.parameters())
+    blocks: dict[int, tuple[int, Tensor]] = {}
+
+    def row_noise(row: int, evaluation: int) -> Tensor:
+        block = evaluation // ahead
+        if row not in blocks or blocks[row][0] != block:
+            key = np.array([seed, row], dtype=np.uint64)
+            place = np.array([0, 0, 0, block], dtype=np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=place))
+            drawn = torch.from_numpy(generator.standard_normal((ahead, sum(sizes))))
+            blocks[row] = (block, drawn.to(like.dtype))
+        return blocks[row][1][evaluation % ahead]
+
+    def noise(rows: Tensor, evaluation: int) -> Noise:
+        flat = torch.stack([row_noise(row, evaluation) for row in rows.tolist()]).to(like.device)
+        parts = flat.split(sizes, dim=1)
+        return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+
+    return noise
