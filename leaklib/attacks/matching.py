@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from leaklib.attacks import adam, lbfgs
 from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
+from leaklib.attacks.ghost_matching import ghost_problem
 from leaklib.attacks.labels import check_last_layer, last_layer, recover_label, recover_labels
-from leaklib.attacks.problem import Matching, Problem, matching_problem
+from leaklib.attacks.matching_settings import Matching
+from leaklib.attacks.problem import Problem, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
 from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest
@@ -218,10 +220,14 @@ def _prepare(
     seed = None
     if stochastic_layers(model):
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    problem = matching_problem(
-        model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
-        matching=matching, restarts=restarts, loss=loss, label_shape=label_shape, noise_seed=seed,
-    )  # fmt: skip
+    posed: dict[str, Any] = {
+        "image_shape": image_shape, "labels": labels, "classes": classes or 0,
+        "matching": matching, "restarts": restarts, "loss": loss, "label_shape": label_shape,
+        "noise_seed": seed,
+    }  # fmt: skip
+    # the same objective, where the network allows it from activations alone
+    problem = ghost_problem(model, shared, **posed)
+    problem = problem or matching_problem(model, shared, **posed)
     x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
     facts = {
