@@ -98,6 +98,7 @@ def complete_rank_one(matrix: Tensor, known: Tensor, *, sweeps: int) -> tuple[Te
 
     l_o = Σ_i M_oi r_i / Σ_i r_i² and r_i = Σ_o M_oi l_o / Σ_o l_o², sums over the known entries of
     that row or column. A column without any is given 0: pruning by size removes small products.
+    Under noise, a column that is known in rows of tiny l_o alone can come out far too large.
 
     Args:
         matrix: M, (..., rows, columns), zero where unknown.
