@@ -31,8 +31,9 @@ from leaklib.attacks.ghost_targets import (
     squared_distance,
     squared_norm,
 )
+from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.priors import total_variation
-from leaklib.attacks.problem import Matching, Penalty, Problem, Variables, packing
+from leaklib.attacks.problem import Penalty, Problem, Variables, packing
 from leaklib.defenses.bottleneck import VariationalBottleneck
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient, check_payload, match_parameters

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from leaklib.attacks import adam, lbfgs
 from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
 from leaklib.attacks.labels import check_last_layer, last_layer, recover_label, recover_labels
-from leaklib.attacks.problem import Matching, Problem, matching_problem
+from leaklib.attacks.matching_settings import Matching
+from leaklib.attacks.problem import Problem, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
 from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest
