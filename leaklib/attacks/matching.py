@@ -140,7 +140,8 @@ def invert_gradients(
     mean is the objective returned (`Matching.score_noises`). The best iterate is that of the lowest
     single value.
 
-    Cost: one evaluation a step, each about 7/3 gradient evaluations.
+    Cost: one evaluation a step, each about 7/3 gradient evaluations; on dense networks a fraction
+    of that, see `ghost_problem`.
     Source: Geiping et al. 2020, Eq. 4; steps and their decay as in the released code.
 
     Args:
@@ -178,7 +179,7 @@ def invert_gradients(
         labels = recover_labels(shared)
     problem, x, identity = _prepare(
         model, shared, image_shape=image_shape, generator=generator, labels=labels, classes=None,
-        matching=matching, restarts=restarts, start=start, loss=loss,
+        matching=matching, restarts=restarts, start=start, loss=loss, ghost=True,
     )  # fmt: skip
     identity |= {"attack": "invert_gradients"} | {k: str(v) for k, v in asdict(optimiser).items()}
     state, trace = drive(
@@ -203,8 +204,9 @@ def _prepare(
     start: str | Mapping[str, Tensor],
     loss: Loss,
     label_shape: tuple[int, ...] = (),
+    ghost: bool = False,
 ) -> tuple[Problem, Tensor, dict[str, Any]]:
-    """Check everything, build the problem and its starting point."""
+    """Check everything, build the problem, where asked without gradients, and its start."""
     if restarts < 1:
         raise ValueError(f"expected restarts >= 1, got {restarts}")
     if labels is not None and labels.shape[:2] != (shared.victims, shared.batch):
@@ -225,8 +227,7 @@ def _prepare(
         "matching": matching, "restarts": restarts, "loss": loss, "label_shape": label_shape,
         "noise_seed": seed,
     }  # fmt: skip
-    # the same objective, where the network allows it from activations alone
-    problem = ghost_problem(model, shared, **posed)
+    problem = ghost_problem(model, shared, **posed) if ghost else None
     problem = problem or matching_problem(model, shared, **posed)
     x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
