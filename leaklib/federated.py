@@ -180,6 +180,10 @@ def train_federated(
             if held_out is not None:
                 with global_seed(_draw_seed(generator), device_of(model)):
                     accuracy, loss = measure(model, held_out)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"validation loss {loss} in round {row['round']}: lower lr={federation.lr}"
+                    )
                 row |= {"validation_loss": loss, "validation_accuracy": accuracy}
             history.append(row)
             if held_out is None or best_round(history) == len(history):
@@ -243,12 +247,15 @@ def _one_round(
 
 def _released(model: nn.Module, start: State, defend: Defend, images: int) -> State:
     """The weights that the server takes a client for: θ minus the released update."""
-    update = {
-        name: start[name] - parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+    first = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    update = {name: start[name] - model.get_parameter(name).detach() for name in first.values()}
+    released = defend(update, images)
+    # a weight that two layers share is released once, under all its names
+    return {
+        name: start[name] - released[first[id(parameter)]]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in first
     }
-    return {name: start[name] - delta for name, delta in defend(update, images).items()}
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -401,3 +401,22 @@ def test_progress_on_request(capsys):
     shown = capsys.readouterr().err
     assert "round 2 of 2" in shown
     assert "8/8" in shown
+
+
+def test_a_weight_of_two_layers_is_released_under_both_names():
+    """Otherwise the second name brings the undefended weight back."""
+
+    def trained(defense):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        model[3].weight = model[1].weight
+        model.append(nn.Linear(64, 3))
+        images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        train_federated(
+            model, (images, torch.arange(12) % 3),
+            generator=torch.Generator().manual_seed(2), defense=defense,
+            federation=Federation(clients=2, rounds=1, validation_share=0, defend="upload"),
+        )  # fmt: skip
+        return model[1].weight.detach()
+
+    assert (trained(GaussianNoise(10.0)) - trained(None)).abs().mean() > 1

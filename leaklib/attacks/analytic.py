@@ -118,6 +118,8 @@ def first_layer_gradient(
             f"expected batch 1, got {shared.batch}: a batch leaks only a mixture of its images; "
             "use a matching attack"
         )
+    if len(image_shape) != 3:
+        raise ValueError(f"expected image_shape (channels, height, width), got {image_shape}")
     size = image_shape[0] * image_shape[1] * image_shape[2]
     layer = layer or _first_layer(model, size)
     weight, bias = f"{layer}.weight", f"{layer}.bias"
@@ -147,6 +149,10 @@ def as_reconstruction(
     if labels is None:
         check_last_layer(model, shared)
         labels = recover_label(shared)
+    if labels.shape != (shared.victims, 1):
+        raise ValueError(
+            f"expected labels (victims, 1) = ({shared.victims}, 1), got {tuple(labels.shape)}"
+        )
     return Reconstruction(images, labels, none, none.long())
 
 

@@ -108,6 +108,8 @@ def ghost_problem(
     """
     steps = shared.protocol.steps if shared.protocol else 1
     known_loss = loss is F.cross_entropy or isinstance(loss, MarginLoss)
+    if torch.is_inference_mode_enabled():
+        return None  # nothing can be differentiated by autograd here
     if steps > 1 or not known_loss or matching.bn_weight or matching.support or label_shape:
         return None
     if not _is_chain(model) or not _accepts(model, image_shape):
@@ -213,6 +215,8 @@ def _is_chain(model: nn.Module) -> bool:
 def _is_link(module: nn.Module) -> bool:
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return False
+    if getattr(module, "inplace", False):
+        return False  # it overwrites the output whose gradient is taken
     if type(module) is nn.Flatten:
         return module.start_dim == 1 and module.end_dim == -1
     if type(module) in _DROPOUT:

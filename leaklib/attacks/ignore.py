@@ -38,7 +38,7 @@ def ignore_stochastic(
     optimiser: AdamSettings | None = None,
     **settings: Any,
 ) -> Reconstruction:
-    """Inverting gradients on the layers S that the noise leaves alone: min 1 − cos_S + α TV(x).
+    """Inverting gradients on the layers S whose inputs no noise reaches: min 1 − cos_S + α TV(x).
 
     cos_S is the cosine between ∇L(x, y, ε) and ĝ where inner product and both norms run over S
     only; ε is fresh at every evaluation. Against `partial_perturbation` the same attack meets the
@@ -58,8 +58,9 @@ def ignore_stochastic(
         bottleneck: its name, where the model has several.
         labels: as in `invert_gradients`.
         matching: distance and priors; its layers are replaced by S. None is cosine with TV weight
-            1e-5.
-        optimiser: None is `DIA_STEPS`; `PRECODE_STEPS` and `CVB_STEPS` are there too.
+            1e-5, as the dropout-inversion attack has it.
+        optimiser: None is `DIA_STEPS`; `PRECODE_STEPS` and `CVB_STEPS` are there too. PPP's own
+            steps are not public: the default is our choice.
         **settings: further ones of `invert_gradients`, such as max_evaluations and restarts.
 
     Returns:

@@ -42,10 +42,10 @@ class Matching:
             raise ValueError(
                 f"expected a distance among {', '.join(DISTANCES)}, got {self.distance!r}"
             )
-        if min(self.tv_weight, self.bn_weight) < 0:
+        if not (self.tv_weight >= 0 and self.bn_weight >= 0):
             raise ValueError(
                 f"expected tv_weight >= 0 and bn_weight >= 0, got {self.tv_weight}, "
                 f"{self.bn_weight}"
             )
-        if self.score_noises < 0:
-            raise ValueError(f"expected score_noises >= 0, got {self.score_noises}")
+        if not isinstance(self.score_noises, int) or self.score_noises < 0:
+            raise ValueError(f"expected a whole number score_noises >= 0, got {self.score_noises}")

@@ -152,7 +152,7 @@ class ConvolutionalBottleneck(StochasticLayer):
         super().__init__(sampling)
         self.feature_shape = tuple(feature_shape)
         channels, *self.map_shape = _as_maps(self.feature_shape)
-        self.width = width or (channels // 2 if channels >= 8 else 8)
+        self.width = width if width is not None else (channels // 2 if channels >= 8 else 8)
         _check_settings(self.width, kl_weight, kl)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"expected an odd kernel >= 1, which keeps the size, got {kernel}")

@@ -63,7 +63,8 @@ def insert_bottleneck(
     """
     layer = named_layer(model, before)
     _check_settings(kind, settings)
-    feature_shape = _feature_shape(model, before, example_inputs(model, image_shape, example))
+    inputs = example_inputs(model, image_shape, example)
+    feature_shape = _feature_shape(model, before, inputs)
     parameter = next(model.parameters())
     with global_seed(seed):
         bottleneck = KINDS[kind](feature_shape, **settings)
@@ -75,6 +76,7 @@ def insert_bottleneck(
     )  # fmt: skip
     pair.training = layer.training
     setattr(parent, before.rpartition(".")[2], pair)
+    _check_reached(changed, before, inputs)
     return changed
 
 
@@ -109,9 +111,47 @@ def example_inputs(
     if parameter is None:
         raise ValueError("expected a model with parameters, got none")
     if example is not None:
-        return example.to(parameter.device)
+        floating = example.is_floating_point()
+        return example.to(parameter.device, parameter.dtype if floating else example.dtype)
     assert image_shape is not None
     return torch.zeros(2, *image_shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def run_probe(probe: nn.Module, inputs: Tensor) -> None:
+    """One forward pass that only measures; torch's global generator stays as it was.
+
+    Raises:
+        ValueError: the model does not accept the inputs; with its answer.
+    """
+    try:
+        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+            probe(inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            "expected an image_shape or example that the model accepts, got inputs of shape "
+            f"{tuple(inputs.shape)}; the model answered: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@torch.no_grad()
+def _check_reached(changed: nn.Module, before: str, inputs: Tensor) -> None:
+    """Refuse a bottleneck that the forward pass goes around."""
+    calls: list[None] = []
+    probe = copy.deepcopy(changed).eval()
+    probe.get_submodule(f"{before}.bottleneck").register_forward_pre_hook(
+        lambda _layer, _args: calls.append(None)
+    )
+    try:
+        run_probe(probe, inputs)
+    except AttributeError as error:
+        raise ValueError(
+            f"expected a model that only calls layer {before!r}, it also reads from it: {error}"
+        ) from error
+    if len(calls) != 1:
+        raise ValueError(
+            f"expected layer {before!r} to be reached by this name, the model calls it by another "
+            "one; give that name"
+        )
 
 
 @torch.no_grad()
@@ -122,8 +162,7 @@ def _feature_shape(model: nn.Module, name: str, inputs: Tensor) -> tuple[int, ..
     probe.get_submodule(name).register_forward_pre_hook(
         lambda _layer, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-        probe(inputs)
+    run_probe(probe, inputs)
     if len(calls) != 1:
         raise ValueError(
             f"expected layer {name!r} to be called once per forward pass, it was called "

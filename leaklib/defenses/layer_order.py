@@ -1,7 +1,9 @@
 """Which parameters lie before a bottleneck, in it and after it.
 
-PRECODE makes the gradients of the bottleneck and of all later layers stochastic. An attacker drops
-exactly these from the cost; a defender perturbs exactly the others.
+PRECODE makes the gradients of the bottleneck and of all later layers stochastic, the paper says. In
+fact the output gradient of every layer is random, also before the bottleneck; what differs is
+whether the noise reaches the layer's input. An attacker drops the layers whose input it reaches; a
+defender perturbs the others.
 Source: arXiv 2208.04767 (abstract) for the idea; the convolutional preset from the released code of
 arXiv 2309.04515. That the published attack drops the whole bottleneck is our reading.
 """
@@ -15,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from leaklib.defenses.insertion import example_inputs, named_layer
+from leaklib.defenses.insertion import example_inputs, named_layer, run_probe
 from leaklib.gradients.stochastic import StochasticLayer
 
 Preset = Literal["all", "ignore_bottleneck_and_after", "ignore_decoder_and_after"]
@@ -101,7 +103,6 @@ def bottleneck_parts(
         if not tensor.requires_grad:
             continue
         if parameter.startswith(f"{name}."):
-            # a bottleneck of another make may name its halves otherwise: then all is decoder
             inside = parameter.removeprefix(f"{name}.")
             parts["encoder" if inside.startswith("encoder.") else "decoder"].append(parameter)
             continue
@@ -124,7 +125,8 @@ def attack_layers(
 
     Args:
         model: a model with a bottleneck.
-        preset: "all"; "ignore_bottleneck_and_after", which keeps the deterministic gradients; or
+        preset: "all"; "ignore_bottleneck_and_after", which keeps the layers before, whose inputs
+            the noise does not reach (their output gradients are random all the same); or
             "ignore_decoder_and_after", which keeps the encoder too: its weight gradient holds the
             features.
         image_shape: as in `insert_bottleneck`.
@@ -151,8 +153,14 @@ def attack_layers(
 
 def _find(model: nn.Module, bottleneck: str | None) -> str:
     if bottleneck is not None:
-        named_layer(model, bottleneck)
-        return bottleneck
+        layer = named_layer(model, bottleneck)
+        inside = [n for n, m in layer.named_modules() if isinstance(m, StochasticLayer)]
+        if len(inside) == 1:  # itself, or the one that `insert_bottleneck(before=...)` put there
+            return f"{bottleneck}.{inside[0]}".removesuffix(".")
+        every = [n for n, m in model.named_modules() if isinstance(m, StochasticLayer)]
+        raise ValueError(
+            f"expected the name of one bottleneck, got {bottleneck!r}; known: {every or 'none'}"
+        )
     found = [n for n, m in model.named_modules() if isinstance(m, StochasticLayer)]
     if len(found) != 1:
         raise ValueError(
@@ -169,8 +177,7 @@ def _calls(model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
     probe = copy.deepcopy(model).eval()
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(lambda _m, _a, name=name: order.setdefault(name))
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-        probe(inputs)
+    run_probe(probe, inputs)
     return tuple(order)
 
 
@@ -179,8 +186,8 @@ def _inputs_of(model: nn.Module, name: str, inputs: Tensor) -> set[str]:
     seen: list[Tensor] = []
     probe = copy.deepcopy(model).eval().requires_grad_(True)
     probe.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    with torch.enable_grad(), torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
-        probe(inputs)
+    with torch.enable_grad():
+        run_probe(probe, inputs)
         parameters = dict(probe.named_parameters())
         if not seen[0].requires_grad:
             return set()

@@ -95,7 +95,7 @@ def update_function(
 
     def update(images: Tensor, labels: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
         noise = noise or {}
-        check_noise(frozen, noise)
+        check_noise(frozen, noise, steps=protocol.steps if protocol else 1)
         params, total = start, None
         for step in range(protocol.steps if protocol else 1):
             grads = grad(local_loss)(params, images, labels, one_step(noise, step))

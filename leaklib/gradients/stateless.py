@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leaklib.gradients.stochastic import Noise, one_step, stochastic_layers
+from leaklib.gradients.stochastic import Noise, check_noise, one_step, stochastic_layers
 
 
 def batchnorm_statistics(
@@ -37,6 +37,7 @@ def statistics_function(
     frozen = without_side_effects(model, noise=True)
 
     def measure(images: Tensor, noise: Noise) -> dict[str, tuple[Tensor, Tensor]]:
+        check_noise(frozen, noise)
         with _recorded_inputs(frozen) as inputs:
             functional_call(frozen, one_step(noise, 0), (images,))
         result = {}

@@ -188,12 +188,23 @@ def one_step(noise: Mapping[str, Tensor], step: int) -> Noise:
     return {name: tensor[step] for name, tensor in noise.items()}
 
 
-def check_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> None:
-    """Refuse a stochastic model without its noise, or noise of layers that it has not.
+def check_noise(model: nn.Module, noise: Mapping[str, Tensor], *, steps: int | None = None) -> None:
+    """Refuse a stochastic model without its noise, noise of other layers or of other local steps.
+
+    Args:
+        model: with or without stochastic layers.
+        noise: as of `draw_noise`.
+        steps: local steps that the noise must have; None takes any.
 
     Raises:
         ValueError: naming the buffers.
     """
+    for name, tensor in noise.items():
+        if steps is not None and len(tensor) != steps:
+            raise ValueError(
+                f"expected noise of {steps} local steps for {name!r}, got {len(tensor)}; draw it "
+                f"with draw_noise(model, batch, generator=..., steps={steps})"
+            )
     needed = set(stochastic_layers(model))
     if needed != set(noise):
         raise ValueError(

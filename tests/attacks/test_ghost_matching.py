@@ -287,8 +287,11 @@ def hooked():
         nn.Sequential(nn.Linear(8, 3), nn.Flatten(), nn.Linear(24, 10)).double(),
         tied(),
         hooked(),
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 8), nn.ReLU(inplace=True), nn.Linear(8, 10)
+        ).double(),
     ],
-    ids=["convolutions", "foreign layer", "rows of a picture", "tied weights", "hook"],
+    ids=["convolutions", "foreign layer", "rows of a picture", "tied weights", "hook", "in place"],
 )
 def test_other_networks_are_left_to_the_generic_problem(model):
     victims = random_victims()

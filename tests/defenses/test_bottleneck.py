@@ -261,6 +261,8 @@ class TestBadInput:
             functional_call(layer, {"noise": torch.zeros(2, 3)}, (torch.ones(2, 4),))
         with pytest.raises(ValueError, match="use kind='vb'"):
             ConvolutionalBottleneck((7,))
+        with pytest.raises(ValueError, match="width >= 1"):
+            ConvolutionalBottleneck((4, 6, 6), width=0)
         with pytest.raises(ValueError, match="odd kernel"):
             ConvolutionalBottleneck((4, 6, 6), kernel=4)
 

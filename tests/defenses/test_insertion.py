@@ -300,3 +300,34 @@ class TestBadInput:
             partial_perturbation(first, Prune(0.5), image_shape=SHAPE)
         with pytest.raises(ValueError, match=r"preset among all, .*'some'"):
             attack_layers(first, "some", SHAPE)
+
+
+class TwoNames(nn.Module):
+    """A layer that the forward pass reaches by another name than `fc`."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), self.fc)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_bottleneck_that_would_never_run_is_refused():
+    with pytest.raises(ValueError, match="'fc' to be reached by this name"):
+        insert_bottleneck(TwoNames(), before="fc", image_shape=(1, 8, 8))
+
+
+def test_the_layer_it_was_put_before_names_a_bottleneck():
+    model = insert_bottleneck(small_mlp(), image_shape=(1, 8, 8), width=3)
+    parts = bottleneck_parts(model, (1, 8, 8), bottleneck="fc")
+    assert parts == bottleneck_parts(model, (1, 8, 8))
+    with pytest.raises(ValueError, match=r"'hidden1'; known: \['fc.bottleneck'\]"):
+        bottleneck_parts(model, (1, 8, 8), bottleneck="hidden1")
+
+
+@pytest.mark.parametrize("measure", [insert_bottleneck, layer_order])
+def test_images_that_the_model_does_not_accept(measure):
+    with pytest.raises(ValueError, match=r"\(2, 1, 9, 9\); the model answered"):
+        measure(small_mlp(), image_shape=(1, 9, 9))
