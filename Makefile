@@ -117,10 +117,11 @@ book-strict: $(STAMP) ## the book from the committed notebooks, every warning an
 	@$(BUILD_BOOK) --path-output _build/strict $(STRICT)
 	BOOK_HTML=_build/strict/_build/html $(PY) -m pytest -q tests/test_book_pages.py
 
-bench: $(STAMP) ## speed against naive references: attacks, recursion, hybrid, influence (prints ratios, checks nothing)
+bench: $(STAMP) ## speed against naive references: attacks, recursion, hybrid, ghost gradients, influence (prints ratios, checks nothing)
 	$(PY) tests/benchmarks/attack_throughput.py
 	$(PY) tests/benchmarks/recursion_cost.py
 	$(PY) tests/benchmarks/hybrid_cost.py
+	$(PY) tests/benchmarks/ghost_cost.py
 	$(PY) tests/benchmarks/influence_cost.py
 
 # --- housekeeping -------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from leaklib.attacks.hybrid import Correction, hybrid
 from leaklib.attacks.ignore import CVB_STEPS, DIA_STEPS, PRECODE_STEPS, ignore_stochastic
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
-from leaklib.attacks.problem import Matching
+from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.rank_one import rank_one
+from leaklib.attacks.rank_one_limit import expected_overlap, noise_limit
 from leaklib.attacks.reconstruction import Reconstruction
 from leaklib.attacks.recursive import LayerReport, RecursiveReconstruction, rgap
 from leaklib.attacks.tokens import nearest_tokens
@@ -28,6 +29,7 @@ __all__ = [
     "analytic",
     "dlg",
     "encoder_features",
+    "expected_overlap",
     "expected_probabilities",
     "feature_inversion",
     "hybrid",
@@ -37,6 +39,7 @@ __all__ = [
     "invert_linear",
     "invert_row",
     "nearest_tokens",
+    "noise_limit",
     "rank_one",
     "recover_label",
     "recover_labels",

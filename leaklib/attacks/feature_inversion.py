@@ -23,8 +23,9 @@ from leaklib.attacks.driver import RunSettings, drive, snapshot_counts
 from leaklib.attacks.features_before import features_before
 from leaklib.attacks.labels import check_last_layer, recover_label
 from leaklib.attacks.matching import conclude
+from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.priors import total_variation
-from leaklib.attacks.problem import Matching, Penalty, Problem, matching_problem, packing
+from leaklib.attacks.problem import Penalty, Problem, matching_problem, packing
 from leaklib.attacks.reconstruction import Reconstruction
 from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest

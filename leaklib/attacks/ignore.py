@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leaklib.attacks.adam import AdamSettings
 from leaklib.attacks.matching import invert_gradients
-from leaklib.attacks.problem import Matching
+from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.reconstruction import Reconstruction
 from leaklib.defenses.layer_order import Preset, attack_layers
 from leaklib.gradients.payload import SharedGradient

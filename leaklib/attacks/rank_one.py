@@ -27,10 +27,11 @@ def rank_one(
 
     [∂L/∂W | ∂L/∂b] = k [x | 1] for one image. With noise on every entry the best matrix of rank one
     is that of the largest singular value, and x = v_{1..n} / v_{n+1} for its right singular vector
-    v: all entries vote, where one row of the layer would carry all of its own noise. With most
-    entries pruned, `complete` fits k [x | 1] to those that survived (see `complete_rank_one`): that
-    pays where noise comes with the pruning. Pruned alone, the row of the largest k_j has kept every
-    pixel that any row has kept, and `analytic(rows="largest")` gives the same picture at once.
+    v: all entries vote, where one row of the layer would carry all of its own noise; up to which
+    noise, `leaklib.attacks.noise_limit` says. With most entries pruned, `complete` fits k [x | 1]
+    to those that survived (see `complete_rank_one`): that pays where a little noise comes with the
+    pruning. Pruned alone, the row of the largest k_j has kept every pixel that any row has kept,
+    and `analytic(rows="largest")` gives the same picture at once.
 
     Cost: the eigenvalues of one outputs x outputs matrix per victim; each sweep of a completion
     two passes over the layer's gradient.
@@ -97,6 +98,7 @@ def complete_rank_one(matrix: Tensor, known: Tensor, *, sweeps: int) -> tuple[Te
 
     l_o = Σ_i M_oi r_i / Σ_i r_i² and r_i = Σ_o M_oi l_o / Σ_o l_o², sums over the known entries of
     that row or column. A column without any is given 0: pruning by size removes small products.
+    Under noise, a column that is known in rows of tiny l_o alone can come out far too large.
 
     Args:
         matrix: M, (..., rows, columns), zero where unknown.

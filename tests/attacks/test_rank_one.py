@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import random_victims, small_lenet, small_mlp
 
-from leaklib.attacks import analytic, invert_linear, invert_row, rank_one
+from leaklib.attacks import (
+    analytic,
+    expected_overlap,
+    invert_linear,
+    invert_row,
+    noise_limit,
+    rank_one,
+)
 from leaklib.attacks.rank_one import complete_rank_one, leading_pair
 from leaklib.defenses import (
     Compose,
@@ -132,6 +139,41 @@ def test_the_largest_row():
     torch.testing.assert_close(found[1], weight[1, 0])
     exact = bias[:, :, None] * weight[:, :1]
     torch.testing.assert_close(invert_row(exact, bias), invert_linear(exact, bias))
+
+
+class TestLimit:
+    """Against simulation: a matrix of rank one in Gaussian noise."""
+
+    def overlap(self, outputs, inputs, ratio, *, tries=8):
+        """Mean measured and expected cos² at noise of 1/ratio times the limit."""
+        k = torch.randn(tries, outputs, generator=seeded(), dtype=torch.float64)
+        x = torch.randn(tries, inputs, generator=seeded(1), dtype=torch.float64)
+        weight = k[:, :, None] * x[:, None, :]
+        std = float(noise_limit(weight, k).mean()) / ratio
+        noise = std * torch.randn(
+            tries, outputs, inputs + 1, generator=seeded(2), dtype=torch.float64
+        )
+        right = torch.linalg.svd(torch.cat([weight, k[:, :, None]], 2) + noise).Vh[:, 0]
+        truth = torch.cat([x, torch.ones(tries, 1, dtype=torch.float64)], 1)
+        cosine = torch.cosine_similarity(right, truth, dim=1)
+        return float(cosine.square().mean()), float(expected_overlap(weight, k, std=std).mean())
+
+    @pytest.mark.parametrize("shape", [(60, 200), (200, 100)])
+    @pytest.mark.parametrize("ratio", [2.0, 3.0, 6.0])
+    def test_overlap_below_the_limit(self, shape, ratio):
+        measured, expected = self.overlap(*shape, ratio)
+        assert measured == pytest.approx(expected, abs=0.03)
+
+    @pytest.mark.parametrize("shape", [(60, 200), (200, 100)])
+    def test_beyond_the_limit_nothing_is_left(self, shape):
+        measured, expected = self.overlap(*shape, 0.5)
+        assert expected == 0
+        assert measured < 0.05
+
+    def test_bad_noise_is_refused(self):
+        for std in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match="std >= 0"):
+                expected_overlap(torch.ones(2, 2), torch.ones(2), std=std)
 
 
 class TestBadInput:

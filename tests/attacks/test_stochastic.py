@@ -344,3 +344,19 @@ class TestBadInput:
                 model, shared_by(model, victims), image_shape=(1, 9, 9), generator=seeded(),
                 labels=victims.labels,
             )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_device_follows_the_model():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, victims = bottled(), random_victims(victims=2)
+    shared = shared_by(model, victims)
+    there = shared_by(model.cuda(), victims.to("cuda"))  # noise by the same CPU generator
+    for name, tensor in there.items():
+        torch.testing.assert_close(tensor.cpu(), shared.tensors[name], rtol=1e-9, atol=1e-12)
+    problem, x = problem_of(model, there, victims.labels.cuda(), Matching("cosine"))
+    value, _ = problem.evaluate(x.cuda(), torch.arange(2).cuda(), 7)
+    model.cpu()
+    problem, x = problem_of(model, shared, victims.labels, Matching("cosine"))
+    torch.testing.assert_close(value.cpu(), problem.evaluate(x, torch.arange(2), 7)[0])

@@ -16,8 +16,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from leaklib.attacks import lbfgs
-from leaklib.attacks.problem import Matching, matching_problem
+from leaklib.attacks import Matching, lbfgs
+from leaklib.attacks.problem import matching_problem
 from leaklib.data import Victims
 from leaklib.gradients import share_gradient
 from leaklib.models import build

@@ -5,6 +5,7 @@
 The reference does what the published code does for the layer next to the image: the rows U as a
 dense float64 matrix, one victim at a time, double backward by autograd. The published code also
 copies U in every step; a second reference does, too. Speed is reported as ratios, never asserted.
+Memory is the growth of the process's peak.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from leaklib.layer_system.block import gradient_block
 from leaklib.layer_system.published import weight_matrix
 from leaklib.layer_system.split import CUTOFF
 from leaklib.models import build
+from leaklib.peak_memory import peak_memory_mib
 
 SHAPE = (3, 32, 32)
 
@@ -75,6 +77,7 @@ def main(network, victims, rounds):
     images = torch.rand(victims, 1, *SHAPE, generator=generator)
     labels = torch.randint(10, (victims, 1), generator=generator)
     shared = share_gradient(model, Victims(images, labels))
+    before = peak_memory_mib()
     opening = open_recursion(model, shared, image_shape=SHAPE, labels=labels)
     settings = StepSettings(
         "auto", "minimum norm", CUTOFF, opening.tolerance, rounding=False, keep_system=True
@@ -83,6 +86,8 @@ def main(network, victims, rounds):
     stage = opening.stages[0]
     problem = layer_problem(model, shared, stage, rows, PUBLISHED[0])
     x, every = rows.value.flatten(1).float(), torch.arange(victims)
+    problem.evaluate(x, every)
+    held = peak_memory_mib()  # before any dense row exists
     steps = {
         "dense": dense_step(model, shared, rows, 0, copied=False),
         "dense, U copied in every step": dense_step(model, shared, rows, 0, copied=True),
@@ -95,8 +100,14 @@ def main(network, victims, rounds):
         together.append(seconds(lambda: [problem.evaluate(x, every) for _ in range(5)]) / 5)
         for name, step in steps.items():
             alone[name].append(seconds(lambda step=step: [step() for _ in range(5)]) / 5)
+    geometry = rows.system.geometry
+    dense = (geometry.filters * geometry.positions + model[0].weight.numel()) * geometry.unknowns
     ours = 1e3 * statistics.median(together) / victims
     print(f"{network} {victims} victims  ours {ours:.2f} ms a picture and step")
+    print(
+        f"  memory: systems and a step add {held - before:.0f} MiB for all victims; dense rows are "
+        f"{dense * 8 / 2**20:.0f} MiB a victim"
+    )
     for name, times in alone.items():
         ratios = [victims * b / a for a, b in zip(together, times, strict=True)]
         print(

@@ -1,6 +1,7 @@
 """The bottleneck against torch.distributions, and its gradient against a naive autograd loop."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 from torch.func import functional_call, grad, vmap
 
+from leaklib.data import Victims
 from leaklib.defenses import (
     ConvolutionalBottleneck,
     VariationalBottleneck,
@@ -25,8 +27,10 @@ from leaklib.gradients import (
     share_gradient,
     update_function,
 )
+from leaklib.influence import influence_operator
 
 DTYPE = torch.float64
+SHAPE = (1, 8, 8)
 
 
 def seeded(seed=0):
@@ -213,6 +217,25 @@ def test_convolutional_form_of_few_channels_and_of_tokens():
     out = functional_call(layer, {"noise": noise}, (tokens,))
     mean = F.conv2d(tokens.view(2, 12, 4, 4), layer.encoder.weight[:6], padding=1)
     torch.testing.assert_close(out, F.conv2d(mean, layer.decoder.weight).view(2, 12, 16))
+
+
+@pytest.mark.parametrize("form", ["graph", "functional"])
+def test_theory_of_a_bottleneck_without_noise_knows_its_divergence(form):
+    model, victims = bottled(kl_weight=0.3, sampling="training"), random_victims(victims=2)
+    operator = influence_operator(model, victims.images, victims.labels, form=form)
+    shared = share_gradient(model, victims)
+    for name, tensor in operator.gradient().items():
+        torch.testing.assert_close(tensor, shared.tensors[name], rtol=1e-10, atol=1e-13)
+    victims = Victims(victims.images.clamp(0.01, 0.99), victims.labels)  # room to move
+    operator = influence_operator(model, victims.images, victims.labels, form=form)
+    u, h = torch.randn(2, 1, 64, generator=seeded(), dtype=DTYPE), 1e-6
+    up, down = (
+        share_gradient(model, replace(victims, images=victims.images + step * u.view(2, 1, *SHAPE)))
+        for step in (h, -h)
+    )
+    for name, tensor in operator.jtu(u).items():
+        slope = (up.tensors[name] - down.tensors[name]) / (2 * h)
+        torch.testing.assert_close(tensor[:, 0], slope, rtol=1e-5, atol=1e-8)
 
 
 class TestBadInput:

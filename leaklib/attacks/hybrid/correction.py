@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from leaklib.attacks import adam
 from leaklib.attacks.driver import RunSettings, drive
 from leaklib.attacks.hybrid.settings import Correction
-from leaklib.attacks.problem import Matching, Problem, matching_problem
+from leaklib.attacks.matching_settings import Matching
+from leaklib.attacks.problem import Problem, matching_problem
 from leaklib.attacks.recursive.rows import Rows
 from leaklib.chain import ConvStage
 from leaklib.gradients.payload import SharedGradient
