@@ -3,6 +3,7 @@
 from leaklib.attacks.adam import AdamSettings
 from leaklib.attacks.analytic import analytic, invert_linear, invert_row
 from leaklib.attacks.driver import RunSettings
+from leaklib.attacks.feature_inversion import encoder_features, feature_inversion
 from leaklib.attacks.hybrid import Correction, hybrid
 from leaklib.attacks.ignore import CVB_STEPS, DIA_STEPS, PRECODE_STEPS, ignore_stochastic
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
@@ -27,8 +28,10 @@ __all__ = [
     "RunSettings",
     "analytic",
     "dlg",
+    "encoder_features",
     "expected_overlap",
     "expected_probabilities",
+    "feature_inversion",
     "hybrid",
     "idlg",
     "ignore_stochastic",

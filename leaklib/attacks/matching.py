@@ -92,7 +92,7 @@ def dlg(
         lambda s: lbfgs.tick(s, problem.evaluate, gradient_tolerance=gradient_tolerance),
         max_evaluations=max_evaluations, settings=_checked(run), identity=identity, label="DLG",
     )  # fmt: skip
-    return _conclude(problem, state, trace, labels, restarts)
+    return conclude(problem, state, trace, labels, restarts)
 
 
 def idlg(
@@ -188,7 +188,7 @@ def invert_gradients(
         max_evaluations=optimiser.steps if max_evaluations is None else max_evaluations,
         settings=_checked(run), identity=identity, label="inverting gradients",
     )  # fmt: skip
-    return _conclude(problem, state, trace, labels, restarts)
+    return conclude(problem, state, trace, labels, restarts)
 
 
 def _prepare(
@@ -274,7 +274,7 @@ def _checked(run: RunSettings) -> RunSettings:
     return replace(run, snapshots=snapshot_counts(run.snapshots))
 
 
-def _conclude(
+def conclude(
     problem: Problem,
     state: lbfgs.LBFGSState | adam.AdamState,
     trace: Trace,
