@@ -2,6 +2,7 @@
 
 from leaklib.attacks.adam import AdamSettings
 from leaklib.attacks.analytic import analytic, invert_linear, invert_row
+from leaklib.attacks.bottleneck_noise import recover_noise
 from leaklib.attacks.driver import RunSettings
 from leaklib.attacks.feature_inversion import encoder_features, feature_inversion
 from leaklib.attacks.hybrid import Correction, hybrid
@@ -43,5 +44,6 @@ __all__ = [
     "rank_one",
     "recover_label",
     "recover_labels",
+    "recover_noise",
     "rgap",
 ]

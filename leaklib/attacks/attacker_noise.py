@@ -70,3 +70,47 @@ def attacker_noise(
         return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
 
     return noise
+
+
+def known_noise(noise: Noise, restarts: int) -> RowNoise:
+    """Noise that the attacker has found out: the victim's own, the same at every evaluation.
+
+    Args:
+        noise: buffer name -> (victims, local steps, *shape), as `recover_noise` gives it.
+        restarts: rows a victim.
+
+    Returns:
+        The noise of some rows, whatever the evaluation.
+    """
+
+    def of_rows(rows: Tensor, _evaluation: int) -> Noise:
+        return {name: tensor[rows // restarts] for name, tensor in noise.items()}
+
+    return of_rows
+
+
+def row_noise(
+    model: nn.Module,
+    batch: int,
+    *,
+    steps: int,
+    seed: int | None,
+    known: Noise | None,
+    victims: int,
+    restarts: int,
+) -> RowNoise | None:
+    """The noise that an attack evaluates with: the one it knows, else its own.
+
+    Raises:
+        ValueError: known noise of another shape than the model's, or neither noise nor seed.
+    """
+    if known is None:
+        return attacker_noise(model, batch, steps=steps, seed=seed)
+    shapes = {n: (victims, *s) for n, s in noise_shapes(model, batch, steps=steps).items()}
+    if {n: tuple(tensor.shape) for n, tensor in known.items()} != shapes:
+        raise ValueError(
+            f"expected noise of shapes {shapes}, got "
+            f"{ {n: tuple(tensor.shape) for n, tensor in known.items()} }; recover_noise(model, "
+            "shared, ...) gives the right ones"
+        )
+    return known_noise(known, restarts)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from leaklib.attacks.attacker_noise import attacker_noise
+from leaklib.attacks.attacker_noise import row_noise
 from leaklib.attacks.distances import positive, tensor_weights
 from leaklib.attacks.ghost_targets import (
     Rows,
@@ -76,6 +76,7 @@ def ghost_problem(
     label_shape: tuple[int, ...] = (),
     penalty: Penalty | None = None,
     noise_seed: int | None = None,
+    noise: Noise | None = None,
 ) -> Problem | None:
     """Build the objective of `matching_problem` from activations, where that is possible.
 
@@ -97,7 +98,8 @@ def ghost_problem(
         loss: the client's loss.
         label_shape: axes of one input's label beside its class.
         penalty: a further term of the objective, for all rows at once.
-        noise_seed: of the attacker's noise; needed for a stochastic model.
+        noise_seed: of the attacker's noise; needed for a stochastic model without `noise`.
+        noise: the victims' own, where the attacker has found it out (`recover_noise`).
 
     Returns:
         The problem, with the values and gradients of `matching_problem`; None where that one is
@@ -122,7 +124,10 @@ def ghost_problem(
     )
     weights = tensor_weights(names, matching.layer_weights or {})
     layers = _released_layers(names)
-    draw = attacker_noise(model, shared.batch, seed=noise_seed)
+    draw = row_noise(
+        model, shared.batch, seed=noise_seed, known=noise, victims=shared.victims,
+        restarts=restarts, steps=1,
+    )  # fmt: skip
     targets = {
         part.weight: factor_target(shared.tensors[part.weight], shared.batch)
         for part in layers.values()

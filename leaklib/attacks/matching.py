@@ -25,7 +25,7 @@ from leaklib.attacks.starting import starting_variables
 from leaklib.checkpoint import digest
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient
-from leaklib.gradients.stochastic import StochasticLayer, stochastic_layers
+from leaklib.gradients.stochastic import Noise, StochasticLayer, stochastic_layers
 
 
 def dlg(
@@ -132,6 +132,7 @@ def invert_gradients(
     restarts: int = 1,
     start: str | Mapping[str, Tensor] = "normal",
     loss: Loss = F.cross_entropy,
+    noise: Noise | None = None,
     run: RunSettings | None = None,
 ) -> Reconstruction:
     """Inverting gradients: min 1 − cos(∇θ L(x, y), ĝ) + α TV(x) by signed Adam inside the box.
@@ -158,6 +159,8 @@ def invert_gradients(
         start: "normal", "uniform", "grey", or {"images": ...} with a leading
             (victims * restarts) axis.
         loss: the client's loss.
+        noise: the victims' own noise of a stochastic model, where the attacker has found it out
+            (`recover_noise`): then every evaluation has it.
         run: progress, snapshots and checkpoint.
 
     Returns:
@@ -179,7 +182,7 @@ def invert_gradients(
         labels = recover_labels(shared)
     problem, x, identity = _prepare(
         model, shared, image_shape=image_shape, generator=generator, labels=labels, classes=None,
-        matching=matching, restarts=restarts, start=start, loss=loss, ghost=True,
+        matching=matching, restarts=restarts, start=start, loss=loss, ghost=True, noise=noise,
     )  # fmt: skip
     identity |= {"attack": "invert_gradients"} | {k: str(v) for k, v in asdict(optimiser).items()}
     state, trace = drive(
@@ -205,6 +208,7 @@ def _prepare(
     loss: Loss,
     label_shape: tuple[int, ...] = (),
     ghost: bool = False,
+    noise: Noise | None = None,
 ) -> tuple[Problem, Tensor, dict[str, Any]]:
     """Check everything, build the problem, where asked without gradients, and its start."""
     if restarts < 1:
@@ -225,7 +229,7 @@ def _prepare(
     posed: dict[str, Any] = {
         "image_shape": image_shape, "labels": labels, "classes": classes or 0,
         "matching": matching, "restarts": restarts, "loss": loss, "label_shape": label_shape,
-        "noise_seed": seed,
+        "noise_seed": seed, "noise": noise,
     }  # fmt: skip
     problem = ghost_problem(model, shared, **posed) if ghost else None
     problem = problem or matching_problem(model, shared, **posed)
@@ -237,6 +241,7 @@ def _prepare(
         "protocol": str(shared.protocol), "training": model.training,
         "payload": digest(shared.tensors), "start": digest({"start": x}),
         "model": digest(model.state_dict()),
+        "known noise": "none" if noise is None else digest(noise),
         "noise": f"{seed} {[m for m in model.modules() if isinstance(m, StochasticLayer)]}",
         "labels": "joint" if labels is None else digest({"labels": labels}),
         "statistics": digest(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from leaklib.attacks.attacker_noise import SCORING, attacker_noise
+from leaklib.attacks.attacker_noise import SCORING, row_noise
 from leaklib.attacks.distances import DISTANCES, tensor_weights
 from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.priors import statistics_distance, total_variation
@@ -97,6 +97,7 @@ def matching_problem(
     chunk: int | None = None,
     penalty: Penalty | None = None,
     noise_seed: int | None = None,
+    noise: Noise | None = None,
 ) -> Problem:
     """Build the objective that a matching attack minimises.
 
@@ -113,7 +114,8 @@ def matching_problem(
         label_shape: axes of one input's label beside its class.
         chunk: rows per vmap; None chooses by network size.
         penalty: a further term of the objective, for all rows at once.
-        noise_seed: of the attacker's noise; needed for a stochastic model.
+        noise_seed: of the attacker's noise; needed for a stochastic model without `noise`.
+        noise: the victims' own, where the attacker has found it out (`recover_noise`).
 
     Returns:
         The problem.
@@ -136,9 +138,9 @@ def matching_problem(
         model, loss=loss, reduction=shared.reduction, protocol=shared.protocol, layers=names,
         extra_losses=matching.extra_losses,
     )  # fmt: skip
-    draw = attacker_noise(
-        model, shared.batch, seed=noise_seed,
-        steps=shared.protocol.steps if shared.protocol else 1,
+    draw = row_noise(
+        model, shared.batch, seed=noise_seed, known=noise, victims=shared.victims,
+        restarts=restarts, steps=shared.protocol.steps if shared.protocol else 1,
     )  # fmt: skip
     known = _known_statistics(model, shared) if matching.bn_weight else None
     measure = statistics_function(model)
@@ -202,17 +204,17 @@ def matching_problem(
             victims = rows[block] // restarts
             variables = unpack(x[block])
             stats = {n: (m[victims], v[victims]) for n, (m, v) in (known or {}).items()}
-            noise = draw(rows[block], number) if draw else {}
+            drawn = draw(rows[block], number) if draw else {}
             if len(block) == 1:
                 target = {n: shared.tensors[n][victims[0]] for n in names}
                 single = {n: (m[0], v[0]) for n, (m, v) in stats.items()}
                 first = {n: v[0] for n, v in variables.items()}
-                own = {n: e[0] for n, e in noise.items()}
+                own = {n: e[0] for n, e in drawn.items()}
                 value, slope = one(first, label_rows[victims[0]], target, single, own)
                 value, slope = value[None], {n: s[None] for n, s in slope.items()}
             else:
                 value, slope = batched(
-                    variables, label_rows[victims], targets(victims), stats, noise
+                    variables, label_rows[victims], targets(victims), stats, drawn
                 )
             values.append(value.detach())
             slopes.append(pack({n: s.detach() for n, s in slope.items()}))
