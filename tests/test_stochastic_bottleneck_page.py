@@ -359,3 +359,17 @@ def test_drawing_says_what_is_random_dropped_and_perturbed():
         before = layer == "layer 1"
         assert words[f"{name} dropped"] == ("no" if before else "yes")
         assert words[f"{name} perturbed"] == ("yes" if before else "no")
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_the_draw_is_no_secret(draw, kl_weight):
+    """Encoder's division gives h, decoder's t; μ and σ of h give the noise."""
+    seen, _, grads = passing(draw, kl_weight=kl_weight)
+    found = {}
+    for name in ("encoder", "decoder"):
+        weight, bias = grads[name]
+        found[name] = weight.T @ bias / bias.square().sum()
+    torch.testing.assert_close(found["encoder"], seen["h"])
+    noise = (found["decoder"] - seen["mu"]) / seen["sigma"]
+    torch.testing.assert_close(noise, torch.full_like(noise, float(draw)))
