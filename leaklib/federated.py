@@ -49,8 +49,9 @@ class FederatedResult:
 
     Attributes:
         history: one row per round: `round` from 1, the clients' `lr`, their mean `loss` and
-            `accuracy` as they saw their images, and `validation_loss`, `validation_accuracy` of the
-            averaged model where there is validation.
+            `accuracy` as they saw their images, in their last local epoch, and `validation_loss`
+            (cross-entropy alone), `validation_accuracy` of the averaged model where there is
+            validation.
         best_round: the one whose weights the model has now.
         client_images: images that each client trained on.
     """

@@ -42,8 +42,9 @@ class TrainingResult:
     """What a training run leaves beside the trained model.
 
     Attributes:
-        history: one row per epoch: `epoch` from 1, `loss` and `accuracy` on the training images
-            as they were seen, and `validation_loss`, `validation_accuracy` where asked for.
+        history: one row per epoch: `epoch` from 1, `loss` (with what stochastic layers add to it)
+            and `accuracy` on the training images as they were seen, and `validation_loss`
+            (cross-entropy alone), `validation_accuracy` where asked for.
         states: epoch -> state_dict on the CPU, for the epochs to keep; epoch 0 is untrained.
     """
 

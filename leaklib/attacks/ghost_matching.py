@@ -12,7 +12,7 @@ every parameter gradient of every row several times a step instead. Both are exa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from leaklib.attacks.attacker_noise import attacker_noise
 from leaklib.attacks.distances import positive, tensor_weights
 from leaklib.attacks.ghost_targets import (
     Rows,
@@ -39,7 +40,6 @@ from leaklib.gradients.stateless import without_side_effects
 from leaklib.gradients.stochastic import (
     Noise,
     add_losses,
-    check_noise,
     collected_losses,
     noise_shapes,
 )
@@ -74,14 +74,13 @@ def ghost_problem(
     loss: Loss,
     label_shape: tuple[int, ...] = (),
     penalty: Penalty | None = None,
-    noise: Callable[[Tensor], Noise] | None = None,
-    extra_losses: bool = True,
+    noise_seed: int | None = None,
 ) -> Problem | None:
     """Build the objective of `matching_problem` from activations, where that is possible.
 
     It is for a chain of linear layers, elementwise activations, flattening, normalisation and
     PRECODE's bottleneck; a single gradient, not a FedAvg update; cross-entropy or a loss of one
-    logit; no prior on BatchNorm statistics.
+    logit; no prior on BatchNorm statistics, and no comparison on the support of the release alone.
 
     Cost: two forward and two backward passes of all rows together, without weight gradients. Where
     a defense perturbed a layer, also two passes over its released gradient.
@@ -97,20 +96,18 @@ def ghost_problem(
         loss: the client's loss.
         label_shape: axes of one input's label beside its class.
         penalty: a further term of the objective, for all rows at once.
-        noise: rows (k,) -> the noise of a stochastic model for them, as `draw_noise` gives it for k
-            clients; called once an evaluation.
-        extra_losses: add what the model's layers add to the loss, as in `update_function`.
+        noise_seed: of the attacker's noise; needed for a stochastic model.
 
     Returns:
         The problem, with the values and gradients of `matching_problem`; None where that one is
         needed.
 
     Raises:
-        ValueError: as `matching_problem`; when evaluated, noise that does not fit the model.
+        ValueError: as `matching_problem`.
     """
     steps = shared.protocol.steps if shared.protocol else 1
     known_loss = loss is F.cross_entropy or isinstance(loss, MarginLoss)
-    if steps > 1 or not known_loss or matching.bn_weight or label_shape:
+    if steps > 1 or not known_loss or matching.bn_weight or matching.support or label_shape:
         return None
     if not _is_chain(model) or not _accepts(model, image_shape):
         return None
@@ -122,6 +119,7 @@ def ghost_problem(
     )
     weights = tensor_weights(names, matching.layer_weights or {})
     layers = _released_layers(names)
+    draw = attacker_noise(model, shared.batch, seed=noise_seed)
     targets = {
         part.weight: factor_target(shared.tensors[part.weight], shared.batch)
         for part in layers.values()
@@ -155,7 +153,7 @@ def ghost_problem(
             label = labels[victims].flatten(0, 1)
         # the sum over rows: no row's loss depends on another row
         total = loss(logits, label, reduction="sum")
-        if extra_losses:
+        if matching.extra_losses:
             total = add_losses(total, terms, "sum")
         if shared.reduction == "mean":
             total = total / shared.batch
@@ -184,10 +182,9 @@ def ghost_problem(
         return value
 
     @torch.enable_grad()
-    def evaluate(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(x: Tensor, rows: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         variables = {n: v.detach().requires_grad_() for n, v in unpack(x).items()}
-        drawn = noise(rows) if noise is not None else {}
-        check_noise(frozen, drawn)
+        drawn = draw(rows, number) if draw else {}
         value = objective(variables, choose_rows(rows // restarts, shared.victims), drawn)
         slopes = torch.autograd.grad(value.sum(), list(variables.values()))
         value, gradient = value.detach(), pack(dict(zip(variables, slopes, strict=True)))
@@ -198,7 +195,10 @@ def ghost_problem(
         rest = {n: torch.zeros_like(v) for n, v in variables.items()}
         return value + extra, gradient + pack(rest | {"images": at_images})
 
-    return Problem(shapes, evaluate, pack, unpack)
+    return Problem(
+        shapes, evaluate, pack, unpack, stochastic=draw is not None,
+        score_noises=matching.score_noises,
+    )  # fmt: skip
 
 
 def _is_chain(model: nn.Module) -> bool:

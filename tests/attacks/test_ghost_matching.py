@@ -9,7 +9,9 @@ from conftest import random_victims, small_lenet, small_mlp
 from torch import nn
 from torch.func import functional_call
 
-from leaklib.attacks import Matching
+import leaklib.attacks.matching
+from leaklib.attacks import AdamSettings, Matching, dlg, invert_gradients
+from leaklib.attacks.attacker_noise import attacker_noise
 from leaklib.attacks.ghost_matching import ghost_problem
 from leaklib.attacks.ghost_targets import (
     choose_rows,
@@ -20,7 +22,7 @@ from leaklib.attacks.ghost_targets import (
 )
 from leaklib.attacks.problem import matching_problem
 from leaklib.defenses import Compose, GaussianNoise, Only, Prune, insert_bottleneck
-from leaklib.gradients import FedAvg, collected_losses, draw_noise, share_gradient
+from leaklib.gradients import FedAvg, collected_losses, share_gradient
 from leaklib.margin_losses import LOGISTIC
 from leaklib.models import build
 
@@ -196,20 +198,14 @@ def test_a_bottleneck_with_noise_of_its_own_in_every_row(batch, extra, reduction
     victims = random_victims(batch=batch)
     shared = share_gradient(model, victims, generator=rng(), reduction=reduction)
     shared = Only(["hidden1"], GaussianNoise(1e-2))(shared, generator=rng(1))
-    drawn = draw_noise(model, batch, generator=rng(2), clients=6)
-    asked = []
-
-    def noise(rows):
-        asked.append(rows.tolist())
-        return {n: e[rows] for n, e in drawn.items()}
-
     problem = ghost_problem(
-        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10, matching=matching,
-        restarts=2, loss=F.cross_entropy, noise=noise, extra_losses=extra,
+        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10, restarts=2,
+        matching=replace(matching, extra_losses=extra), loss=F.cross_entropy, noise_seed=7,
     )  # fmt: skip
+    assert problem.stochastic
+    drawn = attacker_noise(model, batch, seed=7)(torch.arange(6), 3)
     x, rows = point(problem, 6), torch.tensor([0, 1, 3, 5])
-    value, gradient = problem.evaluate(x[rows], rows)
-    assert asked == [rows.tolist()]
+    value, gradient = problem.evaluate(x[rows], rows, 3)
     for i, row in enumerate(rows.tolist()):
         expected, slope = naive(
             model, shared, problem.unpack(x)["images"], victims.labels, drawn, row=row,
@@ -219,18 +215,48 @@ def test_a_bottleneck_with_noise_of_its_own_in_every_row(batch, extra, reduction
         torch.testing.assert_close(gradient[i], slope, rtol=1e-9, atol=1e-12)
 
 
-def test_a_bottleneck_needs_its_noise_and_leaves_the_global_generator_alone():
+def test_a_bottleneck_needs_a_seed_and_leaves_the_global_generator_alone():
     model = insert_bottleneck(small_mlp(), image_shape=SHAPE, width=4)
     victims = random_victims()
     shared = share_gradient(model, victims, generator=rng())
     before = torch.random.get_rng_state()
-    problem = ghost_problem(
-        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10, matching=Matching(),
-        restarts=1, loss=F.cross_entropy,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"expected noise for \['fc.bottleneck.noise'\], got none"):
-        problem.evaluate(point(problem, 3), torch.arange(3))
+    with pytest.raises(ValueError, match="expected noise_seed .*fc.bottleneck.noise"):
+        both(model, shared, labels=victims.labels)
+    ghost, generic = both(model, shared, labels=victims.labels, noise_seed=1)
+    assert_same(ghost, generic, point(ghost, 3), torch.arange(3))
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert ghost.score_noises == generic.score_noises == 8
+
+
+def test_a_whole_attack_takes_the_same_steps(monkeypatch):
+    """Signed Adam, fresh noise every step, two restarts, the score over further noises."""
+    model = insert_bottleneck(small_mlp(), image_shape=SHAPE, width=4)
+    victims = random_victims()
+    shared = share_gradient(model, victims, generator=rng())
+    found = []
+    for build_problem in (ghost_problem, matching_problem):
+        monkeypatch.setattr(leaklib.attacks.matching, "matching_problem", build_problem)
+        attacked = invert_gradients(
+            model, shared, image_shape=SHAPE, generator=rng(3), labels=victims.labels,
+            matching=Matching("cosine", layers=("hidden1",), tv_weight=1e-3),
+            optimiser=AdamSettings(steps=40), restarts=2,
+        )  # fmt: skip
+        found.append(attacked)
+    torch.testing.assert_close(found[0].images, found[1].images, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found[0].objective, found[1].objective, rtol=1e-8, atol=1e-10)
+    assert torch.equal(found[0].restart, found[1].restart)
+    assert float(found[0].history[-1].max()) < float(found[0].history[0].min())
+
+
+def test_a_joint_search_for_image_and_label(monkeypatch):
+    model, victims = small_mlp(activation="sigmoid"), random_victims()
+    shared = share_gradient(model, victims)
+    monkeypatch.setattr(leaklib.attacks.matching, "matching_problem", ghost_problem)
+    found = dlg(model, shared, image_shape=SHAPE, generator=rng(2), max_evaluations=400)
+    assert torch.equal(found.labels, victims.labels)
+    # far below what rounding would leave of ‖G‖² − 2⟨G, Ĝ⟩ + ‖Ĝ‖²
+    assert float(found.objective.max()) < 1e-18
+    torch.testing.assert_close(found.images, victims.images, rtol=0, atol=1e-5)
 
 
 class Twin(nn.Module):
@@ -284,8 +310,9 @@ def test_other_settings_are_left_to_the_generic_problem():
     }  # fmt: skip
     wrong = ghost_problem(model, shared, image_shape=(1, 9, 9), matching=Matching(), **settings)
     assert wrong is None  # the generic problem says what is wrong
-    with_prior = Matching(bn_weight=1.0)
-    assert ghost_problem(model, shared, image_shape=SHAPE, matching=with_prior, **settings) is None
+    settings["image_shape"] = SHAPE
+    for matching in (Matching(bn_weight=1.0), Matching(support=True)):
+        assert ghost_problem(model, shared, matching=matching, **settings) is None
 
 
 def test_bad_payloads_are_refused():
