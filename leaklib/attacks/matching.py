@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leaklib.attacks import adam, lbfgs
 from leaklib.attacks.driver import RunSettings, Trace, drive, snapshot_counts
+from leaklib.attacks.ghost_matching import ghost_problem
 from leaklib.attacks.labels import check_last_layer, last_layer, recover_label, recover_labels
 from leaklib.attacks.problem import Matching, Problem, matching_problem
 from leaklib.attacks.reconstruction import Reconstruction, choose_restart
@@ -138,7 +139,8 @@ def invert_gradients(
     mean is the objective returned (`Matching.score_noises`). The best iterate is that of the lowest
     single value.
 
-    Cost: one evaluation a step, each about 7/3 gradient evaluations.
+    Cost: one evaluation a step, each about 7/3 gradient evaluations; on dense networks a fraction
+    of that, see `ghost_problem`.
     Source: Geiping et al. 2020, Eq. 4; steps and their decay as in the released code.
 
     Args:
@@ -176,7 +178,7 @@ def invert_gradients(
         labels = recover_labels(shared)
     problem, x, identity = _prepare(
         model, shared, image_shape=image_shape, generator=generator, labels=labels, classes=None,
-        matching=matching, restarts=restarts, start=start, loss=loss,
+        matching=matching, restarts=restarts, start=start, loss=loss, ghost=True,
     )  # fmt: skip
     identity |= {"attack": "invert_gradients"} | {k: str(v) for k, v in asdict(optimiser).items()}
     state, trace = drive(
@@ -201,8 +203,9 @@ def _prepare(
     start: str | Mapping[str, Tensor],
     loss: Loss,
     label_shape: tuple[int, ...] = (),
+    ghost: bool = False,
 ) -> tuple[Problem, Tensor, dict[str, Any]]:
-    """Check everything, build the problem and its starting point."""
+    """Check everything, build the problem, where asked without gradients, and its start."""
     if restarts < 1:
         raise ValueError(f"expected restarts >= 1, got {restarts}")
     if labels is not None and labels.shape[:2] != (shared.victims, shared.batch):
@@ -218,10 +221,13 @@ def _prepare(
     seed = None
     if stochastic_layers(model):
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    problem = matching_problem(
-        model, shared, image_shape=image_shape, labels=labels, classes=classes or 0,
-        matching=matching, restarts=restarts, loss=loss, label_shape=label_shape, noise_seed=seed,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "image_shape": image_shape, "labels": labels, "classes": classes or 0,
+        "matching": matching, "restarts": restarts, "loss": loss, "label_shape": label_shape,
+        "noise_seed": seed,
+    }  # fmt: skip
+    problem = ghost_problem(model, shared, **settings) if ghost else None
+    problem = problem or matching_problem(model, shared, **settings)
     x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
     facts = {
