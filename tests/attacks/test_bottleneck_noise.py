@@ -2,11 +2,27 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_victims, small_lenet, small_mlp
 
-from leaklib.attacks import AdamSettings, Matching, invert_gradients, recover_noise
-from leaklib.defenses import GaussianNoise, insert_bottleneck, partial_perturbation
-from leaklib.gradients import draw_noise, share_gradient, update_function
+from leaklib.attacks import (
+    CVB_STEPS,
+    DIA_STEPS,
+    PRECODE_STEPS,
+    AdamSettings,
+    Matching,
+    ignore_stochastic,
+    invert_gradients,
+    recover_noise,
+)
+from leaklib.attacks.problem import matching_problem
+from leaklib.defenses import (
+    GaussianNoise,
+    attack_layers,
+    insert_bottleneck,
+    partial_perturbation,
+)
+from leaklib.gradients import FedAvg, draw_noise, share_gradient, update_function
 from leaklib.metrics import mse
 
 SHAPE = (1, 8, 8)
@@ -77,3 +93,48 @@ def test_what_it_refuses():
             model, shared, image_shape=SHAPE, generator=seeded(), labels=victims.labels,
             noise={"fc.bottleneck.noise": torch.zeros(1, 1, 1, 2)},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [None, FedAvg(3, 0.1)])
+def test_every_local_step_has_its_own_noise(protocol):
+    """At the private picture, with the victims' noise, nothing is left to match."""
+    model = insert_bottleneck(small_lenet(), "conv2", image_shape=SHAPE, kind="cvb")
+    victims = random_victims(victims=2, batch=2)
+    shared = share_gradient(model, victims, protocol=protocol, generator=seeded(5))
+    steps = protocol.steps if protocol else 1
+    drawn = draw_noise(model, 2, generator=seeded(5), clients=2, steps=steps)
+    problem = matching_problem(
+        model, shared, image_shape=SHAPE, labels=victims.labels, classes=10,
+        matching=Matching("l2"), restarts=1, loss=F.cross_entropy, noise=drawn,
+    )  # fmt: skip
+    value, _ = problem.evaluate(victims.images.flatten(1), torch.arange(2))
+    assert value.max() < 1e-20
+    if steps > 1:  # one step's noise in all steps is another objective
+        same = {name: tensor[:, :1].expand_as(tensor) for name, tensor in drawn.items()}
+        problem = matching_problem(
+            model, shared, image_shape=SHAPE, labels=victims.labels, classes=10,
+            matching=Matching("l2"), restarts=1, loss=F.cross_entropy, noise=same,
+        )  # fmt: skip
+        assert problem.evaluate(victims.images.flatten(1), torch.arange(2))[0].min() > 1e-12
+
+
+def test_steps_of_the_released_codes():
+    """Rate, steps, decay and stops, as the released codes have them."""
+    assert (PRECODE_STEPS.lr, PRECODE_STEPS.steps, PRECODE_STEPS.signed) == (0.01, 7_000, True)
+    assert (DIA_STEPS.lr, DIA_STEPS.steps, DIA_STEPS.patience) == (0.1, 20_000, 800)
+    assert (DIA_STEPS.stop_after, DIA_STEPS.stop_below) == (4_000, 1e-5)
+    assert (CVB_STEPS.lr, CVB_STEPS.patience, CVB_STEPS.steps) == (1.0, 400, 20_000)
+
+
+def test_the_ignoring_attack_s_defaults_are_those_written_out():
+    model, victims = insert_bottleneck(small_mlp(), image_shape=SHAPE), random_victims()
+    shared = share_gradient(model, victims, generator=seeded(5))
+    known = {"image_shape": SHAPE, "labels": victims.labels, "max_evaluations": 3}
+    short = ignore_stochastic(model, shared, generator=seeded(), **known)
+    layers = attack_layers(model, "ignore_bottleneck_and_after", SHAPE)
+    long = invert_gradients(
+        model, shared, generator=seeded(), optimiser=DIA_STEPS,
+        matching=Matching("cosine", layers=layers, tv_weight=1e-5), **known,
+    )  # fmt: skip
+    assert torch.equal(short.images, long.images)
+    assert torch.equal(short.objective, long.objective)
