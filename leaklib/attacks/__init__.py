@@ -7,6 +7,7 @@ from leaklib.attacks.hybrid import Correction, hybrid
 from leaklib.attacks.ignore import CVB_STEPS, DIA_STEPS, PRECODE_STEPS, ignore_stochastic
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
+from leaklib.attacks.patch_embedding import invert_patches
 from leaklib.attacks.problem import Matching
 from leaklib.attacks.rank_one import rank_one
 from leaklib.attacks.reconstruction import Reconstruction
@@ -32,6 +33,7 @@ __all__ = [
     "ignore_stochastic",
     "invert_gradients",
     "invert_linear",
+    "invert_patches",
     "invert_row",
     "nearest_tokens",
     "rank_one",
