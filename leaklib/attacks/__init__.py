@@ -10,6 +10,7 @@ from leaklib.attacks.ignore import CVB_STEPS, DIA_STEPS, PRECODE_STEPS, ignore_s
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
 from leaklib.attacks.matching_settings import Matching
+from leaklib.attacks.patch_embedding import invert_patches
 from leaklib.attacks.rank_one import rank_one
 from leaklib.attacks.rank_one_limit import expected_overlap, noise_limit
 from leaklib.attacks.reconstruction import Reconstruction
@@ -38,6 +39,7 @@ __all__ = [
     "ignore_stochastic",
     "invert_gradients",
     "invert_linear",
+    "invert_patches",
     "invert_row",
     "nearest_tokens",
     "noise_limit",
