@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from types import ModuleType, UnionType
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -76,8 +76,8 @@ def resolve(
 def public_names(module: ModuleType) -> list[str]:
     """Names of a room: its ``__all__``, else the functions and classes that its file defines."""
     if hasattr(module, "__all__"):
-        # a union of types, such as a room's stages, has no docstring of its own
-        return [name for name in module.__all__ if not isinstance(getattr(module, name), UnionType)]
+        # constants and unions of types, such as a room's stages, have no docstring of their own
+        return [name for name in module.__all__ if callable(getattr(module, name))]
     return [
         name
         for name, thing in vars(module).items()

@@ -118,7 +118,7 @@ def feature_inversion(
         max_evaluations: budget of each victim and restart.
         restarts: independent starts per victim; the lowest objective is returned.
         start: "normal", "uniform", "grey", or {"images": ...} with a leading
-            (victims * restarts) axis.
+            (victims * restarts) axis. With little total variation "grey" goes much further.
         loss: the client's loss.
         run: progress, snapshots and checkpoint.
 
