@@ -54,7 +54,7 @@ def attacker_noise(
     like = next(model.parameters())
     blocks: dict[int, tuple[int, Tensor]] = {}
 
-    def row_noise(row: int, evaluation: int) -> Tensor:
+    def numbers_of(row: int, evaluation: int) -> Tensor:
         block = evaluation // ahead
         if row not in blocks or blocks[row][0] != block:
             key = np.array([seed, row], dtype=np.uint64)
@@ -65,7 +65,7 @@ def attacker_noise(
         return blocks[row][1][evaluation % ahead]
 
     def noise(rows: Tensor, evaluation: int) -> Noise:
-        flat = torch.stack([row_noise(row, evaluation) for row in rows.tolist()]).to(like.device)
+        flat = torch.stack([numbers_of(row, evaluation) for row in rows.tolist()]).to(like.device)
         parts = flat.split(sizes, dim=1)
         return {n: p.reshape(-1, *shapes[n]) for n, p in zip(shapes, parts, strict=True)}
 
