@@ -1,19 +1,19 @@
-"""Gradient matching on dense networks without forming a gradient.
+"""Gradient matching without forming the large gradients.
 
-In a chain of linear layers and elementwise maps no sample sees another, so one forward pass serves
-all rows of a problem at once. With a layer's inputs a_b and output gradients δ_b, everything that a
-distance needs is
+Where no sample sees another, one forward pass serves all rows of a problem at once. With a layer's
+inputs a_t and output gradients δ_t, t over the samples and positions of a row, everything that a
+distance needs of a weight is
 
-    ‖G‖² = Σ_bc (δ_b·δ_c)(a_b·a_c),  ⟨G, Ĝ⟩ = Σ_b δ_bᵀ Ĝ a_b,  and without the a's for a bias,
+    ‖G‖² = Σ_tu (δ_t·δ_u)(a_t·a_u),  ⟨G, Ĝ⟩ = Σ_t δ_tᵀ Ĝ a_t,  and without the a's for a bias,
 
-and the image gradient is one differentiation through a and δ. The generic problem materialises
-every parameter gradient of every row several times a step instead. Both are exact.
+and the image gradient is one differentiation through a and δ. Where positions are many and weights
+few, G = Σ_t δ_t a_tᵀ itself is cheaper. The generic problem materialises every parameter gradient
+of every row several times a step instead. Both are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,11 @@ from torch.func import functional_call, vmap
 
 from leaklib.attacks.attacker_noise import row_noise
 from leaklib.attacks.distances import positive, tensor_weights
+from leaklib.attacks.ghost_layers import columns, find_layers, small_gradients
 from leaklib.attacks.ghost_targets import (
     Rows,
     Target,
+    choose,
     choose_rows,
     factor_target,
     inner_product,
@@ -34,7 +36,6 @@ from leaklib.attacks.ghost_targets import (
 from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.priors import total_variation
 from leaklib.attacks.problem import Penalty, Problem, Variables, packing
-from leaklib.defenses.bottleneck import VariationalBottleneck
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient, check_payload, match_parameters
 from leaklib.gradients.stateless import without_side_effects
@@ -42,25 +43,12 @@ from leaklib.gradients.stochastic import (
     Noise,
     add_losses,
     collected_losses,
-    noise_shapes,
 )
 from leaklib.influence.ghost_plan import hooked
 from leaklib.margin_losses import MarginLoss
-from leaklib.models import Normalise
-from leaklib.models.initialisation import ACTIVATIONS
 
-# Exact types: a subclass may mix samples.
-_ELEMENTWISE = (Normalise, *{type(make()) for make in ACTIVATIONS.values()})
-_LINKS = (nn.Sequential, nn.Linear, VariationalBottleneck, *_ELEMENTWISE)
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-
-@dataclass(frozen=True, eq=False)
-class _Released:
-    """What was shared of one linear layer: weight, bias or both, by their names."""
-
-    weight: str | None
-    bias: str | None
+# entries of activations and formed gradients that one pass may hold
+_ENTRIES = 2**26
 
 
 def ghost_problem(
@@ -80,12 +68,14 @@ def ghost_problem(
 ) -> Problem | None:
     """Build the objective of `matching_problem` from activations, where that is possible.
 
-    It is for a chain of linear layers, elementwise activations, flattening, normalisation and
-    PRECODE's bottleneck; a single gradient, not a FedAvg update; cross-entropy or a loss of one
-    logit; no prior on BatchNorm statistics, and no comparison on the support of the release alone.
+    It is for networks whose compared parameters belong to linear layers, convolutions,
+    normalisation layers and positions of tokens, and whose samples do not see each other (see
+    `find_layers`); a single gradient, not a FedAvg update; cross-entropy or a loss of one logit;
+    no prior on BatchNorm statistics, and no comparison on the support of the release alone.
 
-    Cost: two forward and two backward passes of all rows together, without weight gradients. Where
-    a defense perturbed a layer, also two passes over its released gradient.
+    Cost: two forward and two backward passes of all rows together, and the weight gradients of the
+    layers whose positions are many. Where a defense perturbed another layer, also two passes over
+    its released gradient.
 
     Args:
         model: the shared model.
@@ -114,8 +104,6 @@ def ghost_problem(
         return None  # nothing can be differentiated by autograd here
     if steps > 1 or not known_loss or matching.bn_weight or matching.support or label_shape:
         return None
-    if not _is_chain(model) or not _accepts(model, image_shape):
-        return None
     check_payload(model, shared)
     if matching.tv_weight and len(image_shape) != 3:
         return None  # refused there with the reason
@@ -123,18 +111,24 @@ def ghost_problem(
         shared.names, shared.names if matching.layers is None else matching.layers
     )
     weights = tensor_weights(names, matching.layer_weights or {})
-    layers = _released_layers(names)
     draw = row_noise(
         model, shared.batch, seed=noise_seed, known=noise, victims=shared.victims,
         restarts=restarts, steps=1,
     )  # fmt: skip
-    targets = {
-        part.weight: factor_target(shared.tensors[part.weight], shared.batch)
-        for part in layers.values()
-        if part.weight is not None
-    }
     frozen = without_side_effects(model, noise=True).requires_grad_(False)
+    layers = find_layers(frozen, names, image_shape=image_shape, batch=shared.batch)
+    if layers is None:
+        return None
     modules = {name: frozen.get_submodule(name) for name in layers}
+    targets = {
+        layer.released["weight"]: factor_target(
+            shared.tensors[layer.released["weight"]].flatten(2), shared.batch * layer.positions
+        )
+        for layer in layers.values()
+        if layer.factored and "weight" in layer.released
+    }
+    per_row = shared.batch * sum(layer.entries for layer in layers.values())
+    chunk = max(1, _ENTRIES // per_row)
     shapes: dict[str, tuple[int, ...]] = {"images": (shared.batch, *image_shape)}
     if labels is None:
         shapes["label_logits"] = (shared.batch, classes)
@@ -143,13 +137,13 @@ def ghost_problem(
     def activations(
         variables: Variables, victims: Tensor, drawn: Noise
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs and output gradients of the layers, (rows, batch, features)."""
+        """Inputs and output gradients of the layers, (rows · batch, ...)."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def note(name: str, _module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
             inputs[name], outputs[name] = value, output
-            return output
+            return output.clone()  # which what follows may overwrite
 
         # the first and only local step, rows and batch as one axis
         buffers = {n: epsilon[:, 0].flatten(0, 1) for n, epsilon in drawn.items()}
@@ -166,41 +160,50 @@ def ghost_problem(
         if shared.reduction == "mean":
             total = total / shared.batch
         deltas = torch.autograd.grad(total, list(outputs.values()), create_graph=True)
-        each = (len(victims), shared.batch)
-        return (
-            {name: value.unflatten(0, each) for name, value in inputs.items()},
-            {n: d.unflatten(0, each) for n, d in zip(outputs, deltas, strict=True)},
-        )
+        return inputs, dict(zip(outputs, deltas, strict=True))
 
     def objective(variables: Variables, rows: Rows, drawn: Noise) -> Tensor:
         inputs, deltas = activations(variables, rows.victims, drawn)
         terms: dict[str, Tensor] = {}
-        for name, part in layers.items():
-            a, delta = inputs[name], deltas[name]
-            if part.weight is not None:
-                terms[part.weight] = _weight_terms(
-                    matching.distance, targets[part.weight], rows, a, delta
-                )
-            if part.bias is not None:
-                bias = shared.tensors[part.bias][rows.victims]
-                terms[part.bias] = _bias_terms(matching.distance, bias, delta.sum(1))
+        for name, layer in layers.items():
+            module, a, delta = modules[name], inputs[name], deltas[name]
+            small = small_gradients(module, a, delta, shared.batch)
+            for own, full in layer.released.items():
+                if own in small:
+                    terms[full] = _formed_terms(
+                        matching.distance, choose(shared.tensors[full], rows), small[own]
+                    )
+                    continue
+                pair = columns(module, a, delta)
+                a_t, d_t = (v.unflatten(0, (-1, shared.batch)).flatten(1, 2) for v in pair)
+                if layer.factored:
+                    terms[full] = _factored_terms(matching.distance, targets[full], rows, a_t, d_t)
+                else:
+                    terms[full] = _formed_terms(
+                        matching.distance, choose(shared.tensors[full], rows), d_t.mT @ a_t
+                    )
         value = _combined(matching.distance, terms, weights)
         if matching.tv_weight:
             value = value + matching.tv_weight * vmap(total_variation)(variables["images"])
         return value
 
     @torch.enable_grad()
-    def evaluate(x: Tensor, rows: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+    def evaluate_block(x: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
         variables = {n: v.detach().requires_grad_() for n, v in unpack(x).items()}
         drawn = draw(rows, number) if draw else {}
         value = objective(variables, choose_rows(rows // restarts, shared.victims), drawn)
         slopes = torch.autograd.grad(value.sum(), list(variables.values()))
-        value, gradient = value.detach(), pack(dict(zip(variables, slopes, strict=True)))
+        return value.detach(), pack(dict(zip(variables, slopes, strict=True)))
+
+    def evaluate(x: Tensor, rows: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        blocks = zip(x.split(chunk), rows.split(chunk), strict=True)
+        found = [evaluate_block(part, some, number) for part, some in blocks]
+        value, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
         if penalty is None:
             return value, gradient
-        images = variables["images"].detach()
+        images = unpack(x)["images"]
         extra, at_images = penalty(images, rows)
-        rest = {n: torch.zeros_like(v) for n, v in variables.items()}
+        rest = {n: torch.zeros_like(v) for n, v in unpack(x).items()}
         return value + extra, gradient + pack(rest | {"images": at_images})
 
     return Problem(
@@ -209,55 +212,7 @@ def ghost_problem(
     )  # fmt: skip
 
 
-def _is_chain(model: nn.Module) -> bool:
-    """No sample sees another, and every parameter is a linear layer's, used once."""
-    parameters = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    if len(set(parameters)) != len(parameters):
-        return False
-    return all(_is_link(module) for module in model.modules())
-
-
-def _is_link(module: nn.Module) -> bool:
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if getattr(module, "inplace", False):
-        return False  # it overwrites the output whose gradient is taken
-    if type(module) is nn.Flatten:
-        return module.start_dim == 1 and module.end_dim == -1
-    if type(module) in _DROPOUT:
-        return not module.training  # in train mode the generic problem says what to do
-    return type(module) in _LINKS
-
-
-def _accepts(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
-    """Whether every linear layer meets one vector a sample, and the model takes such an input."""
-    vectors: list[bool] = []
-
-    def note(_name: str, _module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
-        vectors.append(value.ndim == 2)
-        return output
-
-    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    first = next(model.parameters())
-    still = {n: first.new_zeros(shape[1:]) for n, shape in noise_shapes(model, 1).items()}
-    try:
-        with torch.no_grad(), hooked(linear, note):
-            functional_call(model, still, (first.new_zeros(1, *image_shape),))
-    except RuntimeError:
-        return False  # the generic problem reports it
-    return len(vectors) == len(linear) and all(vectors)
-
-
-def _released_layers(names: tuple[str, ...]) -> dict[str, _Released]:
-    """Linear layers by module path, with what is compared of them."""
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        layer, _, kind = name.rpartition(".")
-        found.setdefault(layer, {})[kind] = name
-    return {n: _Released(kinds.get("weight"), kinds.get("bias")) for n, kinds in found.items()}
-
-
-def _weight_terms(
+def _factored_terms(
     distance: str, target: Target, rows: Rows, a: Tensor, delta: Tensor
 ) -> Tensor:
     """(rows,) squared distance, or (3, rows) inner product and both squared norms."""
@@ -267,11 +222,12 @@ def _weight_terms(
     return torch.stack([inner, squared_norm(a, delta), target.square[rows.victims]])
 
 
-def _bias_terms(distance: str, target: Tensor, bias: Tensor) -> Tensor:
-    """The same of a bias gradient (rows, out), which is small enough to be formed."""
+def _formed_terms(distance: str, target: Tensor, gradient: Tensor) -> Tensor:
+    """The same of gradients (rows, ...) that were formed."""
+    target, gradient = target.flatten(1), gradient.flatten(1)
     if distance == "l2":
-        return (bias - target).square().sum(1)
-    products = [(bias * target), bias.square(), target.square()]
+        return (gradient - target).square().sum(1)
+    products = [(gradient * target), gradient.square(), target.square()]
     return torch.stack([product.sum(1) for product in products])
 
 

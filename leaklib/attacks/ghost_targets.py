@@ -63,6 +63,11 @@ def choose_rows(victims: Tensor, total: int) -> Rows:
     return Rows(victims, block if block and torch.equal(everyone, victims) else None)
 
 
+def choose(released: Tensor, rows: Rows) -> Tensor:
+    """What each row's victim released, (rows, ...); no copy where rows are victims."""
+    return released if rows.block == 1 else released[rows.victims]
+
+
 def factor_target(released: Tensor, rank: int) -> Target:
     """Split released gradients into factors of this rank and what remains.
 

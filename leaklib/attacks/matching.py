@@ -141,8 +141,8 @@ def invert_gradients(
     mean is the objective returned (`Matching.score_noises`). The best iterate is that of the lowest
     single value.
 
-    Cost: one evaluation a step, each about 7/3 gradient evaluations; on dense networks a fraction
-    of that, see `ghost_problem`.
+    Cost: one evaluation a step, each about 7/3 gradient evaluations; where no sample sees another,
+    without forming the large gradients, see `ghost_problem`.
     Source: Geiping et al. 2020, Eq. 4; steps and their decay as in the released code.
 
     Args:

@@ -101,7 +101,7 @@ def _activations(
         inputs: Tensors = {}
 
         def note(name: str, module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
-            inputs[name] = _normalised(module, value) if name in plan.scale else value
+            inputs[name] = normalised(module, value) if name in plan.scale else value
             return output + zeros[name]
 
         with hooked(modules, note):
@@ -122,7 +122,7 @@ def _activations(
     return evaluate
 
 
-def _normalised(module: nn.Module, value: Tensor) -> Tensor:
+def normalised(module: nn.Module, value: Tensor) -> Tensor:
     """What a normalisation layer scales: its input, centred and divided."""
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(value, module.num_groups, eps=module.eps)

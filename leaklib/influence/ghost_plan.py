@@ -79,7 +79,7 @@ def make_plan(operator: InfluenceOperator, *, directions: int) -> Plan:
     candidates = {n: m for n, m in operator.model.named_modules() if _is_known(m)}
     with hooked(candidates, note), torch.enable_grad():
         loss = operator.objective.value(leaves, operator.inputs[0], operator.labels[0])
-    uses = _uses(loss, leaves)
+    uses = graph_uses(loss, leaves)
     matrix: dict[str, MatrixLayer] = {}
     scale: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
@@ -120,23 +120,6 @@ def _is_known(module: nn.Module) -> bool:
     return not isinstance(module, CONVOLUTIONS) or module.padding_mode == "zeros"
 
 
-def _uses(loss: Tensor, leaves: Mapping[str, Tensor]) -> Counter[str]:
-    """How many operations of the graph below the loss read each leaf."""
-    names = {id(p): n for n, p in leaves.items()}
-    uses: Counter[str] = Counter()
-    queue, met = [loss.grad_fn], {loss.grad_fn}
-    while queue:
-        node = queue.pop()
-        for child, _ in node.next_functions if node is not None else ():
-            leaf = getattr(child, "variable", None)
-            if leaf is not None and id(leaf) in names:
-                uses[names[id(leaf)]] += 1
-            elif child is not None and child not in met:
-                met.add(child)
-                queue.append(child)
-    return uses
-
-
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], note: Note) -> Iterator[None]:
     """Pass every output of these modules, with its input, through `note` inside."""
@@ -158,3 +141,20 @@ def hooked(modules: Mapping[str, nn.Module], note: Note) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def graph_uses(loss: Tensor, leaves: Mapping[str, Tensor]) -> Counter[str]:
+    """How many operations of the graph below a value read each leaf."""
+    names = {id(p): n for n, p in leaves.items()}
+    uses: Counter[str] = Counter()
+    queue, met = [loss.grad_fn], {loss.grad_fn}
+    while queue:
+        node = queue.pop()
+        for child, _ in node.next_functions if node is not None else ():
+            leaf = getattr(child, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                uses[names[id(leaf)]] += 1
+            elif child is not None and child not in met:
+                met.add(child)
+                queue.append(child)
+    return uses

@@ -9,9 +9,12 @@ from conftest import random_victims, small_lenet, small_mlp
 from torch import nn
 from torch.func import functional_call
 
+import leaklib.attacks.ghost_layers
+import leaklib.attacks.ghost_matching
 import leaklib.attacks.matching
 from leaklib.attacks import AdamSettings, Matching, dlg, invert_gradients
 from leaklib.attacks.attacker_noise import attacker_noise
+from leaklib.attacks.ghost_layers import find_layers
 from leaklib.attacks.ghost_matching import ghost_problem
 from leaklib.attacks.ghost_targets import (
     choose_rows,
@@ -259,6 +262,134 @@ def test_a_joint_search_for_image_and_label(monkeypatch):
     torch.testing.assert_close(found.images, victims.images, rtol=0, atol=1e-5)
 
 
+class Residual(nn.Module):
+    """In place as torchvision's blocks are: the sum overwrites what the norm gave."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm, self.act = norm, nn.Softplus()
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        out += x
+        return self.act(out)
+
+
+def frozen_batchnorm():
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.copy_(torch.linspace(-1, 1, 6))
+    norm.running_var.copy_(torch.linspace(0.5, 2, 6))
+    return norm
+
+
+def convolutional(norm):
+    return nn.Sequential(
+        nn.Conv2d(1, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), nn.Tanh(),
+        Residual(6, norm), nn.AvgPool2d(2), nn.Conv2d(6, 9, 1, padding="valid"), nn.GELU(),
+        nn.Conv2d(9, 40, 3, padding="same"), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.LayerNorm(40), nn.ReLU(inplace=True), nn.Linear(40, 10),
+    )  # fmt: skip
+
+
+def small_vit():
+    options = {"patch": 4, "dim": 16, "layers": 1, "heads": 2, "hidden": 12}
+    return build("vit", input_shape=SHAPE, classes=10, **options)
+
+
+def convolutional_bottleneck():
+    model = convolutional(nn.GroupNorm(2, 6))
+    return insert_bottleneck(model, before="8", kind="cvb", image_shape=SHAPE, width=4)
+
+
+NETWORKS = {
+    "lenet": small_lenet,
+    "group norm": lambda: convolutional(nn.GroupNorm(3, 6)),
+    "frozen batch norm": lambda: convolutional(frozen_batchnorm()).eval(),
+    "vit": small_vit,
+    "rows of a picture": lambda: nn.Sequential(
+        nn.Linear(8, 3), nn.Softplus(), nn.Flatten(), nn.Linear(24, 10)
+    ),
+    "in place": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(inplace=True), nn.Linear(8, 10)
+    ),
+    "convolutional bottleneck": convolutional_bottleneck,
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("distance", ["l2", "cosine", "layer_cosine"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_networks_with_positions(network, distance, batch):
+    torch.manual_seed(0)
+    model = NETWORKS[network]().double()
+    victims = random_victims(batch=batch)
+    shared = share_gradient(model, victims, generator=rng())
+    if batch == 2:  # dense targets
+        shared = GaussianNoise(1e-2)(shared, generator=rng())
+    ghost, generic = both(
+        model, shared, labels=victims.labels, matching=Matching(distance, tv_weight=0.1),
+        restarts=2, noise_seed=3,
+    )  # fmt: skip
+    for rows in ([0, 1, 2, 3, 4, 5], [5, 0, 2]):
+        rows = torch.tensor(rows)
+        assert_same(ghost, generic, point(ghost, 6)[rows], rows)
+
+
+def test_resnet18():
+    model = build("resnet18", input_shape=SHAPE, classes=10, norm="group", activation="gelu")
+    model, victims = model.double(), random_victims()
+    ghost, generic = both(
+        model, share_gradient(model, victims), labels=victims.labels, matching=Matching("cosine")
+    )
+    assert_same(ghost, generic, point(ghost, 3)[:2], torch.arange(2))
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_both_forms_of_every_layer(monkeypatch, factored):
+    """Each layer contracted, and each gradient formed, whatever is cheaper."""
+    describe = leaklib.attacks.ghost_layers._describe
+    monkeypatch.setattr(
+        leaklib.attacks.ghost_layers, "_describe",
+        lambda module, *args: replace(
+            describe(module, *args), factored=factored and isinstance(module, nn.Conv2d | nn.Linear)
+        ),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, victims = convolutional(nn.GroupNorm(2, 6)).double(), random_victims(batch=2)
+    shared = share_gradient(model, victims)
+    for released in (shared, Prune(0.5, scope="tensor")(shared, generator=rng())):
+        for distance in ("l2", "cosine"):
+            ghost, generic = both(
+                model, released, labels=victims.labels, matching=Matching(distance)
+            )
+            assert_same(ghost, generic, point(ghost, 3), torch.arange(3))
+
+
+def test_the_cheaper_form_is_chosen():
+    model = build("resnet18", norm="group", stem="imagenet")
+    names = tuple(name for name, _ in model.named_parameters())
+    layers = find_layers(model, names, image_shape=(3, 32, 32), batch=1)
+    # 64 filters on 256 positions, and 512 filters on one
+    assert (layers["conv1"].factored, layers["conv1"].positions) == (False, 256)
+    last = layers["layer4.1.conv2"]
+    assert (last.factored, last.positions) == (True, 1)
+
+
+def test_rows_in_blocks_give_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model, victims = convolutional(nn.GroupNorm(2, 6)).double(), random_victims()
+    model = insert_bottleneck(model, before="12", image_shape=SHAPE, width=4)
+    shared = share_gradient(model, victims, generator=rng())
+    settings = {"labels": victims.labels, "matching": Matching("cosine"), "noise_seed": 2}
+    whole = both(model, shared, restarts=2, **settings)[0]
+    monkeypatch.setattr(leaklib.attacks.ghost_matching, "_ENTRIES", 5000)
+    blocks = both(model, shared, restarts=2, **settings)[0]
+    x, rows = point(whole, 6), torch.arange(6)
+    for one, other in zip(whole.evaluate(x, rows, 4), blocks.evaluate(x, rows, 4), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 class Twin(nn.Module):
     """A layer of ours whose forward pass mixes samples."""
 
@@ -266,11 +397,41 @@ class Twin(nn.Module):
         return x - x.mean(0)
 
 
+class Twice(nn.Module):
+    """A layer of ours that uses another one's weight a second time."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + self.layer.weight.mean()
+
+
+class Overwriting(nn.Module):
+    """A layer of ours that overwrites the input of the layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = 1 * x
+        out = self.inside(x)
+        x.mul_(0.5)
+        return out
+
+
 def tied():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64),
-                          nn.Linear(64, 10)).double()  # fmt: skip
+                          nn.Linear(64, 10))  # fmt: skip
     model[3].weight = model[1].weight
     return model
+
+
+def called_twice():
+    layer = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer, nn.Linear(64, 10))
 
 
 def hooked():
@@ -279,25 +440,42 @@ def hooked():
     return model
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        small_lenet(),
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Twin()).double(),
-        nn.Sequential(nn.Linear(8, 3), nn.Flatten(), nn.Linear(24, 10)).double(),
-        tied(),
-        hooked(),
-        nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 8), nn.ReLU(inplace=True), nn.Linear(8, 10)
-        ).double(),
-    ],
-    ids=["convolutions", "foreign layer", "rows of a picture", "tied weights", "hook", "in place"],
-)
-def test_other_networks_are_left_to_the_generic_problem(model):
-    victims = random_victims()
+OTHERS = {
+    "samples mixed": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Twin()),
+    "batch norm in train mode": lambda: convolutional(nn.BatchNorm2d(6)).train(),
+    "tied weights": tied,
+    "called twice": called_twice,
+    "weight used outside": lambda: nn.Sequential(nn.Flatten(), Twice(nn.Linear(64, 10))),
+    "hook": hooked,
+    "groups": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 10)
+    ),
+    "uneven padding": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 2, padding="same"), nn.Flatten(), nn.Linear(256, 10)
+    ),
+    "circular padding": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(256, 10)
+    ),
+    "a parameter of no known layer": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 10), nn.PReLU()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("network", OTHERS)
+def test_other_networks_are_left_to_the_generic_problem(network):
+    model, victims = OTHERS[network]().double(), random_victims()
     ghost, generic = both(model, share_gradient(model, victims), labels=victims.labels)
     assert ghost is None
     assert generic.evaluate(point(generic, 3), torch.arange(3))[0].isfinite().all()
+
+
+def test_an_input_that_is_overwritten_is_left_to_the_generic_problem():
+    model = nn.Sequential(nn.Flatten(), Overwriting(), nn.Linear(64, 10)).double()
+    names = tuple(name for name, _ in model.named_parameters())
+    assert find_layers(model, names, image_shape=SHAPE, batch=1) is None
+    assert find_layers(model, ("2.weight",), image_shape=SHAPE, batch=1) is not None
 
 
 def test_other_settings_are_left_to_the_generic_problem():

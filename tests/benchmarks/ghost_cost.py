@@ -1,9 +1,10 @@
-"""CPU milliseconds of one gradient-matching step on PRECODE's perceptron, by two ways, in one run.
+"""CPU milliseconds of one gradient-matching step, by two ways, in one run.
 
     python tests/benchmarks/ghost_cost.py [--victims 16] [--rounds 5] [--steps 10]
+                                          [--networks mlp cnn resnet18 vit]
 
-The reference does what the published code does: one victim at a time, the gradient of all 4.2
-million parameters with its graph, double backward by autograd. Ours works from activations, for all
+The reference does what the published code does: one victim at a time, the gradient of all
+parameters with its graph, double backward by autograd. Ours works from activations, for all
 victims at once; it is measured without a defense and with noise on every gradient, which leaves
 dense targets. The generic problem of this library stands beside. Speed is reported as a ratio,
 never asserted.
@@ -51,7 +52,7 @@ def published_step(model, shared, label, image):
     return cost.detach(), torch.autograd.grad(cost, image)[0]
 
 
-def measure(name, model, shared, labels, start, rounds, steps):
+def measure(network, name, model, shared, labels, start, rounds, steps):
     """Check that the three agree, time them in turn, print medians."""
     settings = {
         "image_shape": SHAPE, "labels": labels, "classes": 10, "restarts": 1,
@@ -75,15 +76,18 @@ def measure(name, model, shared, labels, start, rounds, steps):
         )
     ratios = [b / a for a, b in zip(ours, published, strict=True)]
     print(
-        f"mlp {victims} victims, {name}  ours {1e3 * statistics.median(ours):.2f} ms a picture and "
-        f"step   generic {1e3 * statistics.median(library):.1f}   one at a time "
+        f"{network} {victims} victims, {name}  ours {1e3 * statistics.median(ours):.2f} ms a picture "
+        f"and step   generic {1e3 * statistics.median(library):.1f}   one at a time "
         f"{1e3 * statistics.median(published):.1f}   ratio {statistics.median(ratios):.0f} "
         f"({min(ratios):.0f} to {max(ratios):.0f})"
     )
 
 
-def main(victims, rounds, steps):
-    model = build("mlp", normalisation="cifar10-precode", seed=1)
+OPTIONS = {"resnet18": {"norm": "group", "stem": "imagenet"}}
+
+
+def main(network, victims, rounds, steps):
+    model = build(network, normalisation="cifar10-precode", seed=1, **OPTIONS.get(network, {}))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(victims, 1, *SHAPE, generator=generator)
     labels = torch.randint(10, (victims, 1), generator=generator)
@@ -91,7 +95,7 @@ def main(victims, rounds, steps):
     plain = share_gradient(model, Victims(images, labels))
     noisy = GaussianNoise(1e-3)(plain, generator=generator)
     for name, shared in (("no defense", plain), ("noise", noisy)):
-        measure(name, model, shared, labels, start, rounds, steps)
+        measure(network, name, model, shared, labels, start, rounds, steps)
 
 
 if __name__ == "__main__":
@@ -99,6 +103,8 @@ if __name__ == "__main__":
     parser.add_argument("--victims", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--networks", nargs="+", default=["mlp", "cnn", "resnet18", "vit"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    main(chosen.victims, chosen.rounds, chosen.steps)
+    for network in chosen.networks:
+        main(network, chosen.victims, chosen.rounds, chosen.steps)
