@@ -76,8 +76,8 @@ def measure(network, name, model, shared, labels, start, rounds, steps):
         )
     ratios = [b / a for a, b in zip(ours, published, strict=True)]
     print(
-        f"{network} {victims} victims, {name}  ours {1e3 * statistics.median(ours):.2f} ms a picture "
-        f"and step   generic {1e3 * statistics.median(library):.1f}   one at a time "
+        f"{network} {victims} victims, {name}  ours {1e3 * statistics.median(ours):.2f} ms a "
+        f"picture and step   generic {1e3 * statistics.median(library):.1f}   one at a time "
         f"{1e3 * statistics.median(published):.1f}   ratio {statistics.median(ratios):.0f} "
         f"({min(ratios):.0f} to {max(ratios):.0f})"
     )
