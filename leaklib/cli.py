@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         status: int = arguments.action(arguments, given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit complains
+        return 0
     except (ParameterError, OSError, ImportError) as error:
         print(f"leaklib: {error}", file=sys.stderr)
         return 2

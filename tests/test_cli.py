@@ -1,5 +1,6 @@
 """The command line, as a user meets it: what is printed, where, and with which exit status."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -236,3 +237,12 @@ def test_the_records_of_a_sweep_become_one_table(project):
     key = result.manifest["key"][1]
     assert (folder / key / "provenance.json").exists()
     assert str(project) not in (folder / f"{key}.ipynb").read_text()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(project):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "leaklib.cli", "list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
