@@ -54,8 +54,8 @@ def convolutional(norm):
     return nn.Sequential(
         nn.Conv2d(1, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), nn.Tanh(),
         Residual(6, norm), nn.AvgPool2d(2), nn.Conv2d(6, 9, 1, padding="valid"), nn.GELU(),
-        nn.Conv2d(9, 40, 3, padding="same"), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.LayerNorm(40), nn.ReLU(inplace=True), nn.Linear(40, 10),
+        nn.Conv2d(9, 40, 3, padding="same", dilation=2), nn.Softplus(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.LayerNorm(40), nn.ReLU(inplace=True), nn.Linear(40, 10),
     )  # fmt: skip
 
 

@@ -58,6 +58,18 @@ class Twice(nn.Module):
         return self.layer(x) + self.layer.weight.mean()
 
 
+class Shifted(nn.Module):
+    """A layer of ours that hangs a parameter onto another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.layer.register_parameter("shift", nn.Parameter(torch.ones(10)))
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)) + self.layer.shift
+
+
 class Unused(nn.Module):
     """A layer of ours that calls another for nothing and uses its weight by itself."""
 
@@ -107,14 +119,11 @@ def normalised(norm):
     return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(144, 10))
 
 
-def another_parameter():
-    model = Inner(as_it_is, lambda inside, _: inside + model.hidden.shift)
-    model.hidden.register_parameter("shift", nn.Parameter(torch.ones(6)))
-    return model
-
-
 OTHERS = {
     "samples mixed": lambda: Inner(as_it_is, lambda inside, _: inside - inside.mean(0)),
+    "mixed by less than rounding is allowed": lambda: Inner(
+        as_it_is, lambda inside, _: inside + 1e-11 * inside.mean(0)
+    ),
     "the next but one mixed in": lambda: Inner(
         as_it_is, lambda inside, _: inside - inside.roll(2, 0)
     ),
@@ -142,7 +151,7 @@ OTHERS = {
     ),
     "a term of every entry": lambda: Reporting(lambda inside, _: inside.square()),
     "called for nothing": Unused,
-    "another parameter of a layer": another_parameter,
+    "another parameter of a layer": Shifted,
     "batch norm in train mode": lambda: normalised(nn.BatchNorm2d(4)),
     "one without parameters": lambda: normalised(nn.BatchNorm2d(4, affine=False)),
     "one without statistics": lambda: normalised(
