@@ -13,7 +13,6 @@ if no sample sees another.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -22,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leaklib.gradients.stochastic import noise_shapes
+from leaklib.gradients.stochastic import collected_losses, noise_shapes
 from leaklib.influence.ghost import normalised
 from leaklib.influence.ghost_plan import graph_uses, hooked
 from leaklib.models.vision_transformer import Tokens
+from leaklib.precision import full_float32
 
 # Exact types: a subclass may use its weights in ways of its own.
 _MATRIX = (nn.Linear, nn.Conv2d)
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _KNOWN = (*_MATRIX, *_BATCHNORMS, nn.GroupNorm, nn.LayerNorm, Tokens)
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class GhostLayer:
     Attributes:
         released: own name of each compared parameter, such as "weight" -> its name in the payload.
         positions: T, output positions of one sample that share the weight.
-        entries: of one sample's input, output and patches together.
+        entries: of one sample's patches, and its share of a gradient that is formed.
         factored: whether its weight gradient is contracted and not formed: where T is so small
             that this is cheaper.
     """
@@ -54,23 +53,24 @@ class GhostLayer:
 
 def find_layers(
     model: nn.Module, names: tuple[str, ...], *, image_shape: tuple[int, ...], batch: int
-) -> dict[str, GhostLayer] | None:
+) -> tuple[dict[str, GhostLayer], int] | None:
     """Sort the compared parameters by layer, where all of them follow from activations.
 
-    That needs layers of a known type, called once; one use of each compared parameter in the graph
-    of the output; no hooks; and samples that do not see each other, which one pass of two random
-    samples tells.
+    That needs layers of a known type with the samples as their first axis; one use of each compared
+    parameter in the graph of the output and of the terms that layers add to the loss; no hooks; and
+    samples that do not see each other. Passes of a random sample among others tell the last.
 
-    Cost: two forward passes and a backward pass of two samples.
+    Cost: a forward and a backward pass of two samples, and a forward pass of three.
 
     Args:
-        model: a copy of the shared model that nobody else uses.
+        model: a copy of the shared model without side effects (`without_side_effects`).
         names: the compared parameters.
         image_shape: (channels, height, width), or the shape of another input.
         batch: samples of a client.
 
     Returns:
-        Layer name -> layer, or None where the generic problem is needed.
+        Layer name -> layer, and the entries that one sample carries through the network (inputs and
+        outputs of all layers of a known type); None where the generic problem is needed.
     """
     if not all(_is_plain(module) for module in model.modules()):
         return None
@@ -78,13 +78,14 @@ def find_layers(
     layers: dict[str, dict[str, str]] = {}
     for name in names:
         layer, _, own = name.rpartition(".")
-        if layer not in known:
+        if layer not in known or own not in _own_names(known[layer]):
             return None
         layers.setdefault(layer, {})[own] = name
-    shapes = _probe(model, {n: known[n] for n in layers}, names, image_shape)
+    shapes = _probe(model, known, tuple(layers), names, image_shape)
     if shapes is None:
         return None
-    return {n: _describe(known[n], own, *shapes[n], batch) for n, own in layers.items()}
+    carried = sum(prod(shape[1:]) for pair in shapes.values() for shape in pair)
+    return {n: _describe(known[n], own, shapes[n][1], batch) for n, own in layers.items()}, carried
 
 
 def columns(module: nn.Module, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,12 +141,11 @@ def small_gradients(module: nn.Module, a: Tensor, delta: Tensor, batch: int) -> 
 
 def _is_plain(module: nn.Module) -> bool:
     """Nothing was hung onto the module that its class does not show."""
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if isinstance(module, _BATCHNORMS):
-        return not module.training and module.running_mean is not None
-    # in train mode the generic problem says what to do
-    return not (isinstance(module, _DROPOUT) and module.training)
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return "forward" not in vars(module) and not any(hooks)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -155,6 +155,11 @@ def _is_known(module: nn.Module) -> bool:
         return True
     plain = module.groups == 1 and module.padding_mode == "zeros"
     return plain and _padding(module) is not None
+
+
+def _own_names(module: nn.Module) -> tuple[str, str]:
+    """The parameters of a known layer; somebody may have registered more."""
+    return ("class_token", "positions") if isinstance(module, Tokens) else ("weight", "bias")
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, ...] | None:
@@ -167,63 +172,74 @@ def _padding(module: nn.Conv2d) -> tuple[int, ...] | None:
     return None if any(r % 2 for r in reach) else tuple(r // 2 for r in reach)
 
 
+@full_float32()
 def _probe(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    known: dict[str, nn.Module],
+    compared: tuple[str, ...],
     names: tuple[str, ...],
     image_shape: tuple[int, ...],
 ) -> dict[str, tuple[torch.Size, torch.Size]] | None:
-    """Shapes of the layers' inputs and outputs; None where activations would not do."""
+    """Shapes of inputs and outputs of the known layers; None where activations would not do."""
     first = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    x, other = torch.rand(2, 2, *image_shape, generator=generator).to(first)
-    other[0] = x[0]
-    still = {n: first.new_zeros(2, *shape[2:]) for n, shape in noise_shapes(model, 1).items()}
-    calls: Counter[str] = Counter()
+    pair = torch.rand(2, *image_shape, generator=generator)
+    # the same first sample in other company: more samples, and far larger ones
+    crowd = torch.cat([pair[:1], 3 * torch.randn(2, *image_shape, generator=generator)])
+    leaves = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
-    def note(name: str, _module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
-        calls[name] += 1
-        shapes[name] = value.shape, output.shape
-        return output.clone()  # which may be overwritten
+    def run(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What the loss is made of, and the outputs of the compared layers."""
+        outputs: dict[str, Tensor] = {}
 
-    leaves = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
-    if any(n not in leaves for n in names):
-        return None  # a second name of tied weights
+        def note(name: str, _module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
+            shapes[name], outputs[name] = (value.shape, output.shape), output
+            return output.clone()  # which may be overwritten
+
+        noise = {n: x.new_zeros(len(x), *s[2:]) for n, s in noise_shapes(model, 1).items()}
+        with hooked(known, note), collected_losses() as terms:
+            out = functional_call(model, leaves | noise, (x,))
+        sizes = [out.shape, *(size for n in compared for size in shapes[n])]
+        if any(size[0] != len(x) for size in sizes) or any(t.shape != x.shape[:1] for t in terms):
+            raise RuntimeError("expected samples as the first axis")
+        return [out, *terms], [outputs[n] for n in compared]
+
     try:
-        with torch.enable_grad(), hooked(modules, note):
-            out = functional_call(model, leaves | still, (x.requires_grad_(),))
-            # autograd refuses if an input that a layer's gradient needs was overwritten
-            slope, *_ = torch.autograd.grad(
-                out[0].square().sum(), [x, *(leaves[n] for n in names)], retain_graph=True
-            )
+        with torch.enable_grad():
+            x = pair.to(first).requires_grad_()
+            ends, outputs = run(x)
+            total = torch.stack([end[0].square().sum() for end in ends]).sum()
+            # autograd refuses outputs that nobody uses, and inputs that were overwritten although
+            # a layer's gradient needs them
+            slope, *_ = torch.autograd.grad(total, [x, *outputs, *(leaves[n] for n in names)])
         with torch.no_grad():
-            again = functional_call(model, still, (other,))
-    except RuntimeError:
-        return None  # the generic problem reports it
-    uses = graph_uses(out, leaves)
+            again = run(crowd.to(first))
+    except Exception:
+        return None  # a model may raise anything; the generic problem reports it
+    uses = graph_uses(total, leaves)
+    pairs = zip([*ends, *outputs], [*again[0], *again[1]], strict=True)
     fine = (
-        torch.allclose(out[0], again[0])
+        all(_alike(one[0], other[0]) for one, other in pairs)
         and not slope[1].any()
-        and all(calls[n] == 1 for n in modules)
         and all(uses[n] == 1 for n in names)
     )
     return shapes if fine else None
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone, which batches of different sizes may do."""
+    return bool((one - other).norm() <= torch.finfo(one.dtype).eps ** 0.5 * one.norm())
+
+
 def _describe(
-    module: nn.Module,
-    released: dict[str, str],
-    in_shape: torch.Size,
-    out_shape: torch.Size,
-    batch: int,
+    module: nn.Module, released: dict[str, str], out_shape: torch.Size, batch: int
 ) -> GhostLayer:
-    entries = prod(in_shape[1:]) + prod(out_shape[1:])
     if not isinstance(module, _MATRIX):
-        return GhostLayer(released, 1, entries, factored=False)
+        return GhostLayer(released, positions=1, entries=0, factored=False)
     out, into = len(module.weight), module.weight[0].numel()
     positions = prod(out_shape[1:]) // out
     # pairs of positions and the factors of the target, against forming δᵀp
     factored = 2 * batch * positions * (out + into) <= out * into
     formed = 0 if factored else out * into // batch
-    return GhostLayer(released, positions, entries + positions * into + formed, factored=factored)
+    return GhostLayer(released, positions, positions * into + formed, factored=factored)

@@ -35,19 +35,16 @@ from leaklib.attacks.ghost_targets import (
 )
 from leaklib.attacks.matching_settings import Matching
 from leaklib.attacks.priors import total_variation
-from leaklib.attacks.problem import Penalty, Problem, Variables, packing
+from leaklib.attacks.problem import Problem, packing
 from leaklib.gradients.client import Loss
 from leaklib.gradients.payload import SharedGradient, check_payload, match_parameters
 from leaklib.gradients.stateless import without_side_effects
-from leaklib.gradients.stochastic import (
-    Noise,
-    add_losses,
-    collected_losses,
-)
+from leaklib.gradients.stochastic import Noise, add_losses, collected_losses
 from leaklib.influence.ghost_plan import hooked
 from leaklib.margin_losses import MarginLoss
 
-# entries of activations and formed gradients that one pass may hold
+# entries of activations and formed gradients that one pass may hold; ResNet-18 and the vision
+# transformer in float32 then need 0.4 to 0.7 GB on top of the model
 _ENTRIES = 2**26
 
 
@@ -56,13 +53,10 @@ def ghost_problem(
     shared: SharedGradient,
     *,
     image_shape: tuple[int, ...],
-    labels: Tensor | None,
-    classes: int,
+    labels: Tensor,
     matching: Matching,
     restarts: int,
     loss: Loss,
-    label_shape: tuple[int, ...] = (),
-    penalty: Penalty | None = None,
     noise_seed: int | None = None,
     noise: Noise | None = None,
 ) -> Problem | None:
@@ -70,8 +64,9 @@ def ghost_problem(
 
     It is for networks whose compared parameters belong to linear layers, convolutions,
     normalisation layers and positions of tokens, and whose samples do not see each other (see
-    `find_layers`); a single gradient, not a FedAvg update; cross-entropy or a loss of one logit;
-    no prior on BatchNorm statistics, and no comparison on the support of the release alone.
+    `find_layers`); a single gradient, not a FedAvg update; one known label an input; cross-entropy
+    or a loss of one logit; no prior on BatchNorm statistics, and no comparison on the support of
+    the release alone.
 
     Cost: two forward and two backward passes of all rows together, and the weight gradients of the
     layers whose positions are many. Where a defense perturbed another layer, also two passes over
@@ -81,13 +76,10 @@ def ghost_problem(
         model: the shared model.
         shared: what the clients released.
         image_shape: (channels, height, width), or the shape of another input.
-        labels: (victims, batch) if known; None makes label logits a variable.
-        classes: number of classes.
+        labels: (victims, batch), known.
         matching: distance, masks and priors.
         restarts: rows per victim.
         loss: the client's loss.
-        label_shape: axes of one input's label beside its class.
-        penalty: a further term of the objective, for all rows at once.
         noise_seed: of the attacker's noise; needed for a stochastic model without `noise`.
         noise: the victims' own, where the attacker has found it out (`recover_noise`).
 
@@ -100,10 +92,13 @@ def ghost_problem(
     """
     steps = shared.protocol.steps if shared.protocol else 1
     known_loss = loss is F.cross_entropy or isinstance(loss, MarginLoss)
-    if torch.is_inference_mode_enabled():
-        return None  # nothing can be differentiated by autograd here
-    if steps > 1 or not known_loss or matching.bn_weight or matching.support or label_shape:
+    made_there = any(tensor.is_inference() for tensor in shared.tensors.values())
+    if torch.is_inference_mode_enabled() or made_there:
+        return None  # autograd works neither there nor with what was made there
+    if steps > 1 or not known_loss or matching.bn_weight or matching.support:
         return None
+    if labels.ndim != 2:
+        return None  # the mean is over positions too
     check_payload(model, shared)
     if matching.tv_weight and len(image_shape) != 3:
         return None  # refused there with the reason
@@ -116,9 +111,10 @@ def ghost_problem(
         restarts=restarts, steps=1,
     )  # fmt: skip
     frozen = without_side_effects(model, noise=True).requires_grad_(False)
-    layers = find_layers(frozen, names, image_shape=image_shape, batch=shared.batch)
-    if layers is None:
+    found = find_layers(frozen, names, image_shape=image_shape, batch=shared.batch)
+    if found is None:
         return None
+    layers, carried = found
     modules = {name: frozen.get_submodule(name) for name in layers}
     targets = {
         layer.released["weight"]: factor_target(
@@ -127,34 +123,29 @@ def ghost_problem(
         for layer in layers.values()
         if layer.factored and "weight" in layer.released
     }
-    per_row = shared.batch * sum(layer.entries for layer in layers.values())
+    per_row = shared.batch * (carried + sum(layer.entries for layer in layers.values()))
     chunk = max(1, _ENTRIES // per_row)
-    shapes: dict[str, tuple[int, ...]] = {"images": (shared.batch, *image_shape)}
-    if labels is None:
-        shapes["label_logits"] = (shared.batch, classes)
+    shapes = {"images": (shared.batch, *image_shape)}
     pack, unpack = packing(shapes)
 
     def activations(
-        variables: Variables, victims: Tensor, drawn: Noise
+        images: Tensor, victims: Tensor, drawn: Noise
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Inputs and output gradients of the layers, (rows · batch, ...)."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def note(name: str, _module: nn.Module, value: Tensor, output: Tensor) -> Tensor:
-            inputs[name], outputs[name] = value, output
+            # torch itself tracks no output that is cut off from the images
+            inputs[name], outputs[name] = value, output.requires_grad_()
             return output.clone()  # which what follows may overwrite
 
         # the first and only local step, rows and batch as one axis
         buffers = {n: epsilon[:, 0].flatten(0, 1) for n, epsilon in drawn.items()}
         with hooked(modules, note), collected_losses() as terms:
-            logits = functional_call(frozen, buffers, (variables["images"].flatten(0, 1),))
-        if labels is None:
-            label = variables["label_logits"].softmax(2).flatten(0, 1)
-        else:
-            label = labels[victims].flatten(0, 1)
+            logits = functional_call(frozen, buffers, (images.flatten(0, 1),))
         # the sum over rows: no row's loss depends on another row
-        total = loss(logits, label, reduction="sum")
+        total = loss(logits, labels[victims].flatten(0, 1), reduction="sum")
         if matching.extra_losses:
             total = add_losses(total, terms, "sum")
         if shared.reduction == "mean":
@@ -162,8 +153,8 @@ def ghost_problem(
         deltas = torch.autograd.grad(total, list(outputs.values()), create_graph=True)
         return inputs, dict(zip(outputs, deltas, strict=True))
 
-    def objective(variables: Variables, rows: Rows, drawn: Noise) -> Tensor:
-        inputs, deltas = activations(variables, rows.victims, drawn)
+    def objective(images: Tensor, rows: Rows, drawn: Noise) -> Tensor:
+        inputs, deltas = activations(images, rows.victims, drawn)
         terms: dict[str, Tensor] = {}
         for name, layer in layers.items():
             module, a, delta = modules[name], inputs[name], deltas[name]
@@ -184,27 +175,22 @@ def ghost_problem(
                     )
         value = _combined(matching.distance, terms, weights)
         if matching.tv_weight:
-            value = value + matching.tv_weight * vmap(total_variation)(variables["images"])
+            value = value + matching.tv_weight * vmap(total_variation)(images)
         return value
 
     @torch.enable_grad()
     def evaluate_block(x: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        variables = {n: v.detach().requires_grad_() for n, v in unpack(x).items()}
+        images = unpack(x)["images"].detach().requires_grad_()
         drawn = draw(rows, number) if draw else {}
-        value = objective(variables, choose_rows(rows // restarts, shared.victims), drawn)
-        slopes = torch.autograd.grad(value.sum(), list(variables.values()))
-        return value.detach(), pack(dict(zip(variables, slopes, strict=True)))
+        value = objective(images, choose_rows(rows // restarts, shared.victims), drawn)
+        (slope,) = torch.autograd.grad(value.sum(), images)
+        return value.detach(), pack({"images": slope})
 
     def evaluate(x: Tensor, rows: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         blocks = zip(x.split(chunk), rows.split(chunk), strict=True)
-        found = [evaluate_block(part, some, number) for part, some in blocks]
-        value, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
-        if penalty is None:
-            return value, gradient
-        images = unpack(x)["images"]
-        extra, at_images = penalty(images, rows)
-        rest = {n: torch.zeros_like(v) for n, v in unpack(x).items()}
-        return value + extra, gradient + pack(rest | {"images": at_images})
+        parts = [evaluate_block(part, some, number) for part, some in blocks]
+        value, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+        return value, gradient
 
     return Problem(
         shapes, evaluate, pack, unpack, stochastic=draw is not None,
@@ -235,16 +221,12 @@ def _combined(
     distance: str, terms: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> Tensor:
     """The distance of every row; see `leaklib.attacks.distances` for the formulas."""
-    if distance == "cosine":
-        return _one_minus_cosine(sum(weights[n] * term for n, term in terms.items()))
     if distance == "layer_cosine":
         terms = {n: _one_minus_cosine(term) for n, term in terms.items()}
-    total = sum(weights[n] * term for n, term in terms.items())
-    assert isinstance(total, Tensor)
-    return total
+    total = torch.stack([weights[n] * term for n, term in terms.items()]).sum(0)
+    return _one_minus_cosine(total) if distance == "cosine" else total
 
 
-def _one_minus_cosine(products: Tensor | int) -> Tensor:
-    assert isinstance(products, Tensor)
+def _one_minus_cosine(products: Tensor) -> Tensor:
     inner, norm, fixed = products
     return 1 - inner / (positive(norm).sqrt() * positive(fixed).sqrt())

@@ -227,12 +227,13 @@ def _prepare(
     if stochastic_layers(model):
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     posed: dict[str, Any] = {
-        "image_shape": image_shape, "labels": labels, "classes": classes or 0,
-        "matching": matching, "restarts": restarts, "loss": loss, "label_shape": label_shape,
-        "noise_seed": seed, "noise": noise,
+        "image_shape": image_shape, "labels": labels, "matching": matching, "restarts": restarts,
+        "loss": loss, "noise_seed": seed, "noise": noise,
     }  # fmt: skip
     problem = ghost_problem(model, shared, **posed) if ghost else None
-    problem = problem or matching_problem(model, shared, **posed)
+    problem = problem or matching_problem(
+        model, shared, **posed, classes=classes or 0, label_shape=label_shape
+    )
     x = problem.pack(starting_variables(problem.shapes, shared, restarts, start, generator))
     _try_once(problem, x)
     facts = {

@@ -55,11 +55,11 @@ def published_step(model, shared, label, image):
 def measure(network, name, model, shared, labels, start, rounds, steps):
     """Check that the three agree, time them in turn, print medians."""
     settings = {
-        "image_shape": SHAPE, "labels": labels, "classes": 10, "restarts": 1,
+        "image_shape": SHAPE, "labels": labels, "restarts": 1,
         "matching": Matching("cosine", tv_weight=TV_WEIGHT), "loss": F.cross_entropy,
     }  # fmt: skip
     ghost = ghost_problem(model, shared, **settings)
-    generic = matching_problem(model, shared, **settings)
+    generic = matching_problem(model, shared, **settings, classes=10)
     victims = len(start)
     x, every = ghost.pack({"images": start}), torch.arange(victims)
     value, gradient = ghost.evaluate(x, every)
