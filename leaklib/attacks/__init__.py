@@ -7,6 +7,7 @@ from leaklib.attacks.driver import RunSettings
 from leaklib.attacks.feature_inversion import encoder_features, feature_inversion
 from leaklib.attacks.hybrid import Correction, hybrid
 from leaklib.attacks.ignore import CVB_STEPS, DIA_STEPS, PRECODE_STEPS, ignore_stochastic
+from leaklib.attacks.known_noise import match_known_noise
 from leaklib.attacks.labels import expected_probabilities, recover_label, recover_labels
 from leaklib.attacks.matching import dlg, idlg, invert_gradients
 from leaklib.attacks.matching_settings import Matching
@@ -41,6 +42,7 @@ __all__ = [
     "invert_linear",
     "invert_patches",
     "invert_row",
+    "match_known_noise",
     "nearest_tokens",
     "noise_limit",
     "rank_one",

@@ -13,6 +13,7 @@ from leaklib.attacks import (
     Matching,
     ignore_stochastic,
     invert_gradients,
+    match_known_noise,
     recover_noise,
 )
 from leaklib.attacks.problem import matching_problem
@@ -74,6 +75,41 @@ def test_the_attack_on_all_gradients_works_again(host):
         )  # fmt: skip
         errors.append(mse(found.images[:, 0], victims.images[:, 0]).median())
     assert errors[1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("host", [small_mlp, small_lenet])
+def test_both_halves_weigh_alike(host):
+    """Against weights written out; behind partial perturbation it beats the ignoring attack."""
+    model, victims = insert_bottleneck(host(), image_shape=SHAPE, width=40), random_victims()
+    shared = share_gradient(model, victims, generator=seeded(5))
+    defense = partial_perturbation(model, GaussianNoise(0.01), image_shape=SHAPE)
+    released = defense(shared, generator=seeded(1))
+    known = {"image_shape": SHAPE, "labels": victims.labels,
+             "optimiser": AdamSettings(lr=0.05, steps=300)}  # fmt: skip
+    plain = Matching("cosine")
+    found = match_known_noise(model, released, generator=seeded(), matching=plain, **known)
+    exact = [n for n in released.names if n.startswith("fc.")]
+    length = lambda names: sum(released.tensors[n].norm() ** 2 for n in names)  # noqa: E731
+    ratio = float(length(set(released.names) - set(exact)) / length(exact))
+    noise = recover_noise(model, released, image_shape=SHAPE)
+    same = invert_gradients(
+        model, released, generator=seeded(), noise=noise,
+        matching=Matching("cosine", layer_weights=dict.fromkeys(exact, ratio)), **known,
+    )  # fmt: skip
+    torch.testing.assert_close(found.objective, same.objective, rtol=1e-4, atol=1e-6)
+    ignoring = ignore_stochastic(model, released, generator=seeded(), matching=plain, **known)
+    errors = [mse(r.images[:, 0], victims.images[:, 0]).mean() for r in (found, ignoring)]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_the_weights_are_its_own():
+    model, victims = insert_bottleneck(small_mlp(), image_shape=SHAPE), random_victims()
+    shared = share_gradient(model, victims, generator=seeded())
+    for matching in (Matching(layers=("fc",)), Matching(layer_weights={"fc": 2.0})):
+        with pytest.raises(ValueError, match=r"without layers and layer_weights.*recover_noise"):
+            match_known_noise(
+                model, shared, image_shape=SHAPE, generator=seeded(), matching=matching
+            )
 
 
 def test_what_it_refuses():
