@@ -9,6 +9,7 @@ import torch
 from figure_cases import ATTACKS, DOTS, ENDS, GROUPED, MANY, NOISE, X, frames, images
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
+from matplotlib.text import Text
 from PIL import Image
 
 from leaklib import figures
@@ -240,3 +241,75 @@ def test_identity_line_runs_from_corner_to_corner_of_equal_axes():
     for values, (low, high) in ((X, ax.get_xlim()), (3 * X, ax.get_ylim())):
         assert low < values.min()
         assert values.max() < high
+
+
+def test_marks_are_kept_across_figures_whatever_the_series_in_each():
+    marks = figures.looks(ATTACKS[::-1])
+    for some in (NOISE, NOISE[NOISE.attack.isin(ATTACKS[1:3])]):
+        figure = figures.rate_lines(some, x="noise", hue="attack", marks=marks, **ENDS)
+        legend = [t.get_text() for t in figure.legends[0].get_texts()]
+        assert legend == list(some.attack.unique())
+        drawn = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+        assert [line.get_color() for line in drawn] == [marks[name].colour for name in legend]
+    curves = pd.DataFrame({"evaluations": [1, 2], "cost": [2.0, 1.0], "attack": "b", "victim": 0})
+    figure = figures.convergence(curves, y="cost", hue="attack", marks=figures.looks("ab"))
+    assert figure.axes[0].lines[-1].get_color() == figures.looks("ab")["b"].colour
+    with pytest.raises(ValueError, match=r"look for every series, got none for \['b'\]"):
+        figures.convergence(curves, y="cost", hue="attack", marks=figures.looks("a"))
+
+
+def test_without_ends_a_rate_has_no_band():
+    figure = figures.rate_lines(NOISE, x="noise", hue="attack", estimate=ENDS["estimate"])
+    assert not figure.axes[0].collections
+    assert len(figure.axes[0].lines) == NOISE.attack.nunique()
+    one_sided = figures.rate_lines(
+        NOISE, x="noise", hue="attack", estimate=ENDS["estimate"], low=ENDS["low"]
+    )
+    assert len(one_sided.axes[0].collections) == NOISE.attack.nunique()
+
+
+CROWD = np.array([(0.68, 96.4), (0.67, 96.2), (0.65, 96.2), (0.69, 96.5), (0.5, 94.1), (0.5, 93.1),
+                  (0.48, 92.1), (0.34, 94.4), (0.999, 80.1), (0.001, 99.9)])  # fmt: skip
+
+
+def boxes_of(figure, texts):
+    """Where texts came to stand, read from the drawn figure."""
+    figure.draw_without_rendering()
+    return [Text.get_window_extent(text) for text in texts]
+
+
+def test_labels_cover_neither_points_nor_each_other_and_stay_inside():
+    figure, ((ax,),) = figures.make_axes(width=3.5, height=3.5)
+    ax.plot(*CROWD.T, "o", ms=7)
+    ax.set(xlim=(0, 1), ylim=(80, 100))
+    names = ["0.001", "", "0.001", "", "0.01", "0.9", "0.9", "0.01", "0.1", "0.99"]
+    written = figures.label_points(ax, CROWD, names, colours=["#222222"] * 10)
+    assert [text.get_text() for text in written] == [name for name in names if name]
+    boxes = boxes_of(figure, written)
+    middles = ax.transData.transform(CROWD)
+    for n, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:n]), written[n]
+        assert not any(box.contains(*at) for at in middles), written[n]
+        assert ax.get_window_extent().padded(2).count_contains(box.corners()) == 4, written[n]
+    bars = np.column_stack([CROWD[:, 1] - 3, CROWD[:, 1] + 3])
+    with pytest.raises(ValueError, match=r"got points \(10, 2\), 10 texts.* bars \(9, 2"):
+        figures.label_points(ax, CROWD, names, colours=["#222222"] * 10, bars=bars[1:])
+
+
+def test_a_label_without_room_stands_off_with_a_line_and_clear_of_bars():
+    _, ((ax,),) = figures.make_axes(width=3.5, height=3.5)
+    grid = np.stack(np.meshgrid([0.44, 0.5, 0.56], [0.44, 0.5, 0.56]), axis=-1).reshape(-1, 2)
+    names = [""] * 4 + ["0.5"] + [""] * 4
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    (close,) = figures.label_points(ax, grid[4:5], ["0.5"], colours=["k"])
+    (far,) = figures.label_points(ax, grid, names, colours=["k"] * 9)
+    assert close.arrow_patch is None
+    assert far.arrow_patch is not None
+    bars = np.array([[0.5, 0.5], [0.2, 0.8]])
+    barred, ((ax,),) = figures.make_axes(width=3.5, height=3.5)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    points = np.array([[0.4, 0.5], [0.45, 0.3]])  # the second one's bar stands right of the first
+    written = figures.label_points(ax, points, ["0.5", ""], colours=["k"] * 2, bars=bars)
+    (box,) = boxes_of(barred, written)
+    across = ax.transData.transform((0.45, 0.5))[0]
+    assert not box.x0 < across < box.x1

@@ -34,7 +34,7 @@ def match_known_noise(
 
     cos_w is the cosine between ∇L(x, y, ε) and ĝ with the victim's own ε (`recover_noise`). The
     layers before the bottleneck, which partial perturbation changes, weigh 1. All others go out
-    exact and weigh w = Σ‖ĝ_before‖² / Σ‖ĝ_others‖², so that both halves are equally long: a
+    exact and weigh w = Σ‖ĝ_before‖² / Σ‖ĝ_others‖², so that both groups are equally long: a
     bottleneck shrinks the gradients before it, and the exact ones would drown them; strong noise
     would drown the exact ones. The sums run over all victims, so w is one number for a call.
 
@@ -56,7 +56,8 @@ def match_known_noise(
         Reconstruction.
 
     Raises:
-        ValueError: as `recover_noise` and `invert_gradients`; a matching with layers or weights.
+        ValueError: as `recover_noise`, so where the exact gradients are zero, and
+            `invert_gradients`; a matching with layers or weights.
     """
     matching = matching or Matching("cosine", tv_weight=1e-5)
     if matching.layers is not None or matching.layer_weights is not None:
@@ -68,7 +69,7 @@ def match_known_noise(
     before = bottleneck_parts(model, image_shape, bottleneck=bottleneck).before
     energy = {n: float(t.double().square().sum()) for n, t in shared.items()}
     changed = sum(energy[n] for n in energy if n in before)
-    exact = sum(energy[n] for n in energy if n not in before)
+    exact = sum(energy[n] for n in energy if n not in before)  # recover_noise refuses zeros there
     if changed:
         weights = {n: changed / exact for n in energy if n not in before}
         matching = replace(matching, layer_weights=weights)

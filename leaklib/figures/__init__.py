@@ -2,8 +2,8 @@
 
 Nothing is computed here and no file is written. `look` holds the one look (sizes, type, colours by
 role, PNG), `pictures` the strips and grids of images, `intervals` rates and means by category,
-`curves` what runs along a number, `scatter` two quantities that should agree, `network` a network's
-layers by what they leave open.
+`curves` what runs along a number, `scatter` two quantities that should agree, `labels` texts beside
+points, `network` a network's layers by what they leave open.
 """
 
 from leaklib.figures.curves import convergence, rate_lines
@@ -15,6 +15,7 @@ from leaklib.figures.fingerprints import (
     save_fingerprint,
 )
 from leaklib.figures.intervals import dot_intervals, rate_bars
+from leaklib.figures.labels import label_points
 from leaklib.figures.look import (
     Look,
     colour,
@@ -38,6 +39,7 @@ __all__ = [
     "fingerprint",
     "frames_strip",
     "identity_scatter",
+    "label_points",
     "load_fingerprint",
     "looks",
     "make_axes",

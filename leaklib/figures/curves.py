@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from leaklib.figures.lettering import Legend
-from leaklib.figures.look import FAINT, SMALL_PT, styled
+from leaklib.figures.look import FAINT, SMALL_PT, Look, styled
 from leaklib.figures.series import (
     check_table,
     check_unique,
@@ -43,6 +43,7 @@ def convergence(
     role: str = "plain",
     width: str | float = "column",
     legend: Legend = "auto",
+    marks: Mapping[str, Look] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Every run as a thin line and the median of each hue as a thick one.
@@ -67,6 +68,7 @@ def convergence(
         role: look when there is no hue.
         width: 'column', 'page' or inches.
         legend: 'auto', 'figure', 'axes' or 'none'.
+        marks: name -> look, such as `looks` of the names in several figures; None: this figure's.
         ax: draw into these axes instead of a figure of its own.
 
     Raises:
@@ -81,8 +83,9 @@ def convergence(
     check_table(f"finite{' positive' if log_y else ''} {y} in curves", shown, [])
     shown = shown.sort_values(x, kind="stable")
     chart = open_chart(
-        series_names(shown, hue), role=role, height=HEIGHT, width=width, ax=ax, legend=legend
-    )
+        series_names(shown, hue), role=role, height=HEIGHT, width=width, ax=ax, legend=legend,
+        marks=marks,
+    )  # fmt: skip
     series = series_of(shown, hue)
     for name, look in chart.marks.items():
         runs = [
@@ -116,8 +119,8 @@ def rate_lines(
     *,
     x: str,
     estimate: str,
-    low: str,
-    high: str,
+    low: str | None = None,
+    high: str | None = None,
     hue: str | None = None,
     log_x: bool = False,
     x_label: str | None = None,
@@ -125,16 +128,18 @@ def rate_lines(
     role: str = "plain",
     width: str | float = "column",
     legend: Legend = "auto",
+    marks: Mapping[str, Look] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """A rate in [0,1] against a numeric factor, with its interval as a band.
+    """A rate in [0,1] against a numeric factor, with its interval as a band, if it has one.
 
     Args:
         table: one row per point; rows with a missing number are left out.
         x: column of the factor (noise, epoch, batch size); 0 is allowed on a log axis.
         estimate: column of rates in [0,1].
-        low: column of lower ends of the interval.
-        high: column of upper ends of the interval.
+        low: column of lower ends of the interval; None: the estimate. Where bands of many lines
+            would hide each other leave out low and high, and no band is drawn.
+        high: column of upper ends of the interval; None: the estimate.
         hue: column that names the lines.
         log_x: logarithmic x axis.
         x_label: axis label; the column's name by default.
@@ -142,12 +147,15 @@ def rate_lines(
         role: look when there is no hue.
         width: 'column', 'page' or inches.
         legend: 'auto', 'figure', 'axes' or 'none'.
+        marks: name -> look, such as `looks` of the names in several figures; None: this figure's.
         ax: draw into these axes instead of a figure of its own.
 
     Raises:
         ValueError: an unknown column, a repeated point, or low <= estimate <= high in [0,1]
             violated.
     """
+    banded = low is not None or high is not None
+    low, high = low or estimate, high or estimate
     check_table("table", table, [x, estimate, low, high, hue])
     check_unique("table", table, [hue, x], "name the column that tells them apart as hue")
     shown = table.dropna(subset=[x, estimate, low, high]).sort_values(x, kind="stable")
@@ -156,12 +164,14 @@ def rate_lines(
     at = shown[x].to_numpy(dtype=float)
     series = series_of(shown, hue)
     chart = open_chart(
-        series_names(table, hue), role=role, height=HEIGHT, width=width, ax=ax, legend=legend
-    )
+        series_names(table, hue), role=role, height=HEIGHT, width=width, ax=ax, legend=legend,
+        marks=marks,
+    )  # fmt: skip
     for name, look in chart.marks.items():
         here, (lower, middle, upper) = at[series == name], ends[series == name].T
-        chart.ax.fill_between(here, lower, upper, color=look.colour, alpha=0.13, lw=0)
-        for edge in (lower, upper):
+        if banded:
+            chart.ax.fill_between(here, lower, upper, color=look.colour, alpha=0.13, lw=0)
+        for edge in (lower, upper) if banded else ():
             chart.ax.plot(here, edge, color=look.colour, lw=0.7, alpha=0.5, ls=look.linestyle)
         chart.ax.plot(
             here, middle, color=look.colour, ls=look.linestyle, marker=look.marker, clip_on=False,

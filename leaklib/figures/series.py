@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,7 @@ def open_chart(
     width: str | float,
     ax: Axes | None,
     legend: Legend,
+    marks: Mapping[str, Look] | None = None,
 ) -> Chart:
     """A figure of its own, made higher by its legend, or the axes that were passed in.
 
@@ -59,9 +60,21 @@ def open_chart(
         width: 'column', 'page' or inches.
         ax: axes to draw into instead.
         legend: where; 'auto' is above the figure, or above the axes if these were passed in.
+        marks: a look for each series, as `looks` gives them for all series of several figures.
+
+    Raises:
+        ValueError: marks that lack a series, or axes without a figure.
     """
     named = list(names) != [""]
-    marks = looks(names) if named else {"": looks([role])[role]}
+    if named and marks is not None:
+        if missing := [name for name in names if name not in marks]:
+            raise ValueError(
+                f"marks: expected a look for every series, got none for {missing}; "
+                "pass looks(names) of the names in all figures"
+            )
+        marks = {name: marks[name] for name in names}
+    else:
+        marks = looks(names) if named else {"": looks([role])[role]}
     if ax is not None:
         figure = ax.get_figure(root=True)
         if figure is None:

@@ -78,7 +78,7 @@ def test_the_attack_on_all_gradients_works_again(host):
 
 
 @pytest.mark.parametrize("host", [small_mlp, small_lenet])
-def test_both_halves_weigh_alike(host):
+def test_both_groups_weigh_alike(host):
     """Against weights written out; behind partial perturbation it beats the ignoring attack."""
     model, victims = insert_bottleneck(host(), image_shape=SHAPE, width=40), random_victims()
     shared = share_gradient(model, victims, generator=seeded(5))
@@ -129,6 +129,25 @@ def test_what_it_refuses():
             model, shared, image_shape=SHAPE, generator=seeded(), labels=victims.labels,
             noise={"fc.bottleneck.noise": torch.zeros(1, 1, 1, 2)},
         )  # fmt: skip
+
+
+def test_a_group_of_no_length():
+    """Exact gradients that are zero, if only when squared, are refused; perturbed ones are not."""
+    model, victims = insert_bottleneck(small_mlp(), image_shape=SHAPE), random_victims()
+    shared = share_gradient(model, victims, generator=seeded(5))
+    known = {"image_shape": SHAPE, "labels": victims.labels, "max_evaluations": 3}
+    for scale in (0.0, 1e-200):
+        exact = {n: scale * t if n[:3] == "fc." else t for n, t in shared.items()}
+        with pytest.raises(ValueError, match=r"bias' that is not zero, got zero.*use ignore"):
+            match_known_noise(model, shared.replace(exact), generator=seeded(), **known)
+    pruned = shared.replace({n: t if n[:3] == "fc." else 0 * t for n, t in shared.items()})
+    found = match_known_noise(model, pruned, generator=seeded(), **known)
+    noise = recover_noise(model, pruned, image_shape=SHAPE)
+    plain = invert_gradients(
+        model, pruned, generator=seeded(), noise=noise, optimiser=DIA_STEPS,
+        matching=Matching("cosine", tv_weight=1e-5), **known,
+    )  # fmt: skip
+    assert torch.equal(found.images, plain.images)
 
 
 @pytest.mark.parametrize("protocol", [None, FedAvg(3, 0.1)])
