@@ -28,8 +28,9 @@ def recover_noise(
 ) -> Noise:
     """The victim's own noise, ε = (b − μ(h)) / σ(h), exact up to rounding.
 
-    With it the "stochastic" gradients are deterministic functions of the picture:
-    `invert_gradients(..., noise=recover_noise(...))` compares all layers and ignores none.
+    With it the "stochastic" gradients are deterministic functions of the picture, and a search,
+    `invert_gradients(..., noise=recover_noise(...))`, may match any of them. All together, the
+    gradients behind can drown those before the bottleneck: `match_known_noise` weighs them.
 
     Args:
         model: the shared model, with a fully connected bottleneck of ours.
