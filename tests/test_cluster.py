@@ -132,6 +132,18 @@ def test_a_scheduler_that_goes_away_stops_the_sweep_and_keeps_the_rows(cluster, 
     assert sweep(slow_row, SETTINGS, folder, progress=False).complete
 
 
+def test_a_scheduler_that_goes_away_before_a_result_arrives(cluster, tmp_path, monkeypatch):
+    address, _ = cluster
+    distributed = pytest.importorskip("distributed")
+
+    def lost(_future):
+        raise distributed.comm.CommClosedError("connection reset by peer")
+
+    monkeypatch.setattr(distributed.Future, "result", lost)
+    with pytest.raises(ConnectionError, match="finished settings are kept"):
+        sweep(slow_row, SETTINGS, tmp_path, scheduler=address, progress=False)
+
+
 def test_no_scheduler_is_an_error_that_says_how_to_start_one(tmp_path, monkeypatch):
     monkeypatch.setattr("leaklib.sweep.workers.CONNECT_SECONDS", 1)
     with pytest.raises(ConnectionError, match="`dask scheduler`"):

@@ -186,16 +186,20 @@ def run_cluster(function: Function, settings: Sequence[Setting], *, scheduler: s
         keys = [f"{run}-{position}" for position in range(len(settings))]
         futures = client.map(task, list(settings), key=keys, pure=False)
         for future in as_completed(futures, loop=client.loop):
-            position = int(future.key.rsplit("-", 1)[1])
-            if future.status == "finished":
-                yield position, future.result()
-            elif future.status == "error":
-                yield position, _died(f"the cluster gave it up: {future.exception()}")
-            else:
+            position, outcome = int(future.key.rsplit("-", 1)[1]), None
+            try:
+                if future.status == "finished":
+                    outcome = future.result()
+                elif future.status == "error":
+                    outcome = _died(f"the cluster gave it up: {future.exception()}")
+            except OSError:  # it went away between the news of a result and the result
+                pass
+            if outcome is None:
                 raise ConnectionError(
                     f"the Dask scheduler at {scheduler} went away: start it again and repeat the "
                     "sweep; finished settings are kept"
                 )
+            yield position, outcome
 
 
 def _died(message: str) -> Outcome:
