@@ -43,8 +43,8 @@ def recover_noise(
         Buffer name -> (victims, 1, 1, K), as `draw_noise(..., clients=victims)` gives it.
 
     Raises:
-        ValueError: as `encoder_features`; a decoder that was not shared, or one whose bias gradient
-            is zero.
+        ValueError: as `encoder_features`; a decoder that was not shared, one whose bias gradient is
+            zero, or a width σ that underflows.
 
     Cost: two divisions. Source: ours.
     """
@@ -68,6 +68,12 @@ def recover_noise(
         )
     mean, spread = _encode(layer, features)
     noise = (code - mean) / F.softplus(spread)
+    if not torch.isfinite(noise).all():
+        victim = int((~torch.isfinite(noise).all(1)).nonzero()[0])
+        raise ValueError(
+            f"expected widths σ above 0, got one that underflows for victim {victim}; "
+            "use ignore_stochastic"
+        )
     return {f"{name}.noise": noise.to(shared.dtype)[:, None, None]}
 
 

@@ -131,6 +131,15 @@ def test_what_it_refuses():
         )  # fmt: skip
 
 
+def test_a_width_that_underflows_is_told():
+    model, victims = insert_bottleneck(small_mlp(), image_shape=SHAPE, width=3), random_victims()
+    with torch.no_grad():
+        model.fc.bottleneck.encoder.bias[-1] = -1e4
+    shared = share_gradient(model, victims, generator=seeded())
+    with pytest.raises(ValueError, match="widths σ above 0.*victim 0"):
+        recover_noise(model, shared, image_shape=SHAPE)
+
+
 def test_a_group_of_no_length():
     """Exact gradients that are zero, if only when squared, are refused; perturbed ones are not."""
     model, victims = insert_bottleneck(small_mlp(), image_shape=SHAPE), random_victims()
